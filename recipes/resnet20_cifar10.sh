@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# CIFAR-10 ResNet-20 as it comes, no training: convert for each T, evaluate on the 10,000 test images.
+#
+#   recipes/resnet20_cifar10.sh MODEL.py:FACTORY WEIGHTS CIFAR10.npz [OUT]
+#
+# MODEL.py:FACTORY builds the network (16/32/64 channels, input normalised by the ImageNet mean and deviation), WEIGHTS
+# is its state dict, CIFAR10.npz holds train_images, train_labels, test_images, test_labels as uint8.
+# Calibration: the first 1,000 training images. About 25 minutes on two CPU cores.
+set -euo pipefail
+model=$1 weights=$2 data=npz:$3 out=${4:-runs/resnet20_cifar10}
+quickspike=${QUICKSPIKE:-.venv/bin/quickspike}
+statistics=(--mean 0.485 0.456 0.406 --std 0.229 0.224 0.225)
+mkdir -p "$out"
+for method in threshold_balancing potential_init; do
+    for steps in 1 2 4 8 16 32; do
+        network=$out/$method-$steps.safetensors
+        "$quickspike" convert "$model" --weights "$weights" --data "$data" "${statistics[@]}" \
+            --method "$method" --steps "$steps" --calibration-images 1000 --out "$network"
+        reference=()
+        [ "$steps" != 1 ] || reference=(--reference "$model" --weights "$weights")
+        "$quickspike" evaluate "$network" --data "$data" --steps "$steps" "${reference[@]}" \
+            --out "$out/$method-$steps.json" --json >/dev/null
+        echo "$method T=$steps: $(grep -A1 '"accuracy"' "$out/$method-$steps.json" | tail -1)"
+    done
+done

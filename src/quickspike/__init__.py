@@ -1,0 +1,73 @@
+"""quickspike: a trained PyTorch network goes in, a spiking network that answers in 1 to 8 time steps comes out."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from quickspike.version import __version__
+
+if TYPE_CHECKING:
+    from quickspike import methods
+    from quickspike.api import convert
+    from quickspike.checkpoint import load
+    from quickspike.conversion import SpikingNetwork
+    from quickspike.coverage import Coverage
+    from quickspike.errors import QuickspikeError
+    from quickspike.evaluation import Report, evaluate
+    from quickspike.graph import inspect, trace
+    from quickspike.method import Method, register
+    from quickspike.neuron import Surrogate
+    from quickspike.simulation import Run, simulate
+
+# Where each public name lives. They are fetched on first use, so that the command line can answer `--help` without
+# loading torch. No module may share its name with one of these, or importing it would hide the function.
+_HOMES = {
+    "convert": "api",
+    "load": "checkpoint",
+    "SpikingNetwork": "conversion",
+    "Coverage": "coverage",
+    "QuickspikeError": "errors",
+    "Report": "evaluation",
+    "evaluate": "evaluation",
+    "inspect": "graph",
+    "trace": "graph",
+    "Method": "method",
+    "register": "method",
+    "Surrogate": "neuron",
+    "Run": "simulation",
+    "simulate": "simulation",
+}
+
+__all__ = [
+    "Coverage",
+    "Method",
+    "QuickspikeError",
+    "Report",
+    "Run",
+    "SpikingNetwork",
+    "Surrogate",
+    "__version__",
+    "convert",
+    "evaluate",
+    "inspect",
+    "load",
+    "methods",
+    "register",
+    "simulate",
+    "trace",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "methods":
+        return importlib.import_module("quickspike.methods")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'quickspike' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"quickspike.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

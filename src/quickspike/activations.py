@@ -1,0 +1,162 @@
+"""What stands at a site on the ANN side, shared by methods: a probe that streams statistics, and ceilings drawn from them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from quickspike.errors import ConversionError, DataError
+from quickspike.graph import Site
+
+logger = logging.getLogger(__name__)
+
+Granularity = Literal["channel", "layer"]
+
+BINS = 2048
+CANDIDATES = 128
+SMALLEST_SHARE = 1e-3
+"""A channel that calibration saw (almost) silent gets this share of the layer's largest ceiling, not 0."""
+
+
+class StreamingHistogram:
+    """Positive activations of each channel, counted in constant memory over any number of batches.
+
+    Each channel has `BINS` equal bins on [0, limit), limit a power of two that doubles when a value does not fit
+    (neighbouring bins merge, so no count is lost). Zeros and negative values are counted, not binned. The error of a
+    quantile is at most one bin, 2/BINS of the channel's largest value.
+    """
+
+    def __init__(self, channels: int, bins: int = BINS) -> None:
+        self.counts = torch.zeros(channels, bins, dtype=torch.int64)
+        self.total = torch.zeros(channels, dtype=torch.int64)
+        self.limit = torch.zeros(channels, dtype=torch.float64)
+        self.maximum = torch.zeros(channels, dtype=torch.float64)
+
+    @property
+    def bins(self) -> int:
+        """Number of bins of a channel."""
+        return self.counts.shape[1]
+
+    def update(self, values: Tensor) -> None:
+        """Count `values`, `[C, N]`.
+
+        Raises:
+            DataError: a value is NaN or infinite.
+        """
+        values = values.detach()
+        peak = values.amax(1).double().cpu()
+        if not bool(torch.isfinite(peak).all()):
+            raise DataError("an activation is NaN or infinite; check the network's weights and the calibration images")
+        self._make_room(peak)
+        channels, bins = self.counts.shape
+        limit = self.limit.clamp_min(torch.finfo(torch.float64).tiny).to(values.device)
+        index = (values.double() * (bins / limit)[:, None]).long().clamp_(max=bins - 1)
+        index += torch.arange(channels, device=values.device)[:, None] * bins
+        self.counts += torch.bincount(index[values > 0], minlength=channels * bins).view(channels, bins).cpu()
+        self.total += values.shape[1]
+        self.maximum = torch.maximum(self.maximum, peak)
+
+    def _make_room(self, peak: Tensor) -> None:
+        fresh = (self.limit == 0) & (peak > 0)
+        self.limit[fresh] = torch.exp2(torch.floor(torch.log2(peak[fresh])) + 1)
+        while bool((grow := peak >= self.limit.where(self.limit > 0, torch.inf)).any()):
+            merged = self.counts[grow].view(int(grow.sum()), -1, 2).sum(2)
+            self.counts[grow] = torch.cat([merged, torch.zeros_like(merged)], 1)
+            self.limit[grow] *= 2
+
+    def centres(self) -> Tensor:
+        """Value that stands for each bin, `[C, bins]`, float64."""
+        return (torch.arange(self.bins, dtype=torch.float64) + 0.5) * (self.limit / self.bins)[:, None]
+
+    def percentile(self, percent: float) -> Tensor:
+        """Smallest value that at least `percent` % of all values (zeros included) do not exceed, `[C]`."""
+        if percent >= 100:
+            return self.maximum.clone()
+        needed = torch.ceil(self.total.double() * percent / 100) - (self.total - self.counts.sum(1))
+        bin_index = (self.counts.cumsum(1) < needed[:, None]).sum(1)
+        edge = (bin_index + 1) * self.limit / self.bins
+        return torch.where(needed > 0, torch.minimum(edge, self.maximum), 0.0)
+
+    def squared_error_ceiling(self, steps: int, initial: float) -> Tensor:
+        """The ceiling of least squared error between activation z and staircase, `[C]`.
+
+        The staircase is what a neuron with v(0) = initial * theta gives for the constant input z in T steps,
+        theta/T * clip(floor(T z/theta + initial), 0, T). Candidates are `CANDIDATES` equal shares of the largest value.
+        """
+        centres, weights = self.centres(), self.counts.double()
+        best = torch.zeros_like(self.maximum)
+        least = torch.full_like(best, torch.inf)
+        for share in torch.arange(CANDIDATES, 0, -1, dtype=torch.float64) / CANDIDATES:
+            theta = (share * self.maximum)[:, None]
+            count = torch.floor(steps * centres / theta.clamp_min(1e-300) + initial).clamp_(0, steps)
+            error = (weights * (centres - count * theta / steps).square()).sum(1)
+            better = error < least
+            best, least = torch.where(better, theta[:, 0], best), torch.where(better, error, least)
+        return best
+
+    def balanced_ceiling(self, updates: int, rate: float) -> Tensor:
+        """The ceiling after `updates` gradient steps on the squared clipping error, from 0, `[C]`.
+
+        theta <- theta + rate * mean(2 (z - theta) 1[z > theta])  (Bu et al. 2025, arXiv 2409.03368, section 4).
+        """
+        centres, share = self.centres(), self.counts.double() / self.total.clamp_min(1)[:, None]
+        theta = torch.zeros_like(self.maximum)
+        for _ in range(updates):
+            theta = theta + rate * 2 * (share * (centres - theta[:, None]).clamp_min(0)).sum(1)
+        return torch.minimum(theta, self.maximum)
+
+
+class CeilingProbe(nn.Module):
+    """The source activation; while in training mode it also streams what it gives into a histogram.
+
+    Args:
+        site: the activation that it replaces.
+        granularity: one histogram per channel or one for the layer.
+    """
+
+    def __init__(self, site: Site, granularity: Granularity) -> None:
+        super().__init__()
+        self.site, self.granularity = site, granularity
+        self.histogram = StreamingHistogram(site.channels if granularity == "channel" else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.clamp(0.0, self.site.ceiling)
+        if self.training:
+            per_channel = y.transpose(0, 1).flatten(1) if self.granularity == "channel" else y.reshape(1, -1)
+            self.histogram.update(per_channel)
+        return y
+
+    def finish(self, ceiling: Tensor) -> Tensor:
+        """A usable threshold from a fitted ceiling: positive, and shaped to broadcast over the site.
+
+        Raises:
+            ConversionError: the probe has seen no images.
+        """
+        if int(self.histogram.total.max()) == 0:
+            raise ConversionError(f"site {self.site.name}: no calibration images were seen before conversion")
+        largest = float(ceiling.max())
+        if largest <= 0:
+            logger.warning("site %s: silent on all calibration images; its threshold is set to 1", self.site.name)
+            largest = 1.0
+        ceiling = ceiling.clamp_min(SMALLEST_SHARE * largest)
+        return self.site.per_channel(ceiling.float()) if self.granularity == "channel" else ceiling.float().reshape(())
+
+
+class ClippedReLU(nn.Module):
+    """clamp(x, 0, ceiling) with a ceiling that is fixed: what a neuron with theta = ceiling gives as T grows.
+
+    Args:
+        ceiling: scalar, or broadcastable over `[B, C, ...]`.
+    """
+
+    ceiling: Tensor
+
+    def __init__(self, ceiling: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("ceiling", ceiling)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.minimum(x.clamp_min(0.0), self.ceiling.to(x))

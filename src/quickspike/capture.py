@@ -1,0 +1,261 @@
+"""From a user's module to a plain torch.fx graph: copied, captured, free of in-place operations, sizes known.
+
+Nothing here knows about spikes; `graph.py` decides what each node becomes.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from quickspike.errors import DataError, TraceError
+
+_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<where>\S+)\n\s*(?P<text>[^\n]*)')
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A private copy of the network in evaluation mode, its graph, and what its output must be."""
+
+    module: fx.GraphModule
+    example: Tensor
+    expected: Tensor
+    name: str
+
+
+def capture(model: nn.Module, example: Tensor) -> Captured:
+    """Copy `model` and record its forward pass as a graph without in-place operations.
+
+    Args:
+        model: the source network; it is not modified, its training mode included.
+        example: one batch of inputs `[B, ...]` of the network's own kind.
+
+    Raises:
+        DataError: the example is not a finite floating-point batch, or the network cannot run on it.
+        TraceError: the forward pass depends on the data or cannot be recorded.
+    """
+    check_batch(example, "the example")
+    name = type(model).__name__
+    private = copy_of(model)
+    parameter = next(private.parameters(), None)
+    example = example.detach()[:1].to(device=None if parameter is None else parameter.device)
+    expected = _run_source(private, example, name)
+    graph = _record(private, name)
+    module = fx.GraphModule(private, graph, name)
+    _make_functional(module)
+    _drop_asserts(module)
+    return Captured(module, example, expected, name)
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy in evaluation mode, its parameters without gradients.
+
+    Raises:
+        TraceError: the module cannot be copied.
+    """
+    try:
+        private = copy.deepcopy(model)
+    except Exception as error:
+        raise TraceError(f"{type(model).__name__} cannot be copied: {error}; make it deep-copyable first") from error
+    return private.eval().requires_grad_(False)
+
+
+def check_batch(images: Any, what: str) -> None:
+    """Raise DataError unless `images` is a non-empty, finite floating-point tensor `[B, ...]`."""
+    if not isinstance(images, Tensor):
+        raise DataError(f"{what} must be a tensor [B, ...], got {type(images).__name__}")
+    if images.ndim < 2 or images.numel() == 0:
+        raise DataError(f"{what} must hold at least one sample, shape [B, ...]; got shape {list(images.shape)}")
+    if not images.is_floating_point():
+        raise DataError(f"{what} must be floating point, got {images.dtype}; scale and normalise it as in training")
+    if not bool(torch.isfinite(images).all()):
+        bad = int((~torch.isfinite(images)).sum())
+        raise DataError(f"{what} holds {bad} value(s) that are NaN or infinite; clean the data first")
+
+
+def _run_source(private: nn.Module, example: Tensor, name: str) -> Tensor:
+    try:
+        with torch.no_grad():
+            expected = private(example)
+    except Exception as error:
+        shape = list(example.shape)
+        raise DataError(f"{name} cannot run on an input of shape {shape}: {_first_line(error)}") from error
+    if not isinstance(expected, Tensor):
+        raise TraceError(f"{name} returns a {type(expected).__name__}; wrap it so that it returns one tensor [B, ...]")
+    return expected
+
+
+def _record(private: nn.Module, name: str) -> fx.Graph:
+    tracer = fx.Tracer()
+    tracer.record_stack_traces = True
+    try:
+        graph = tracer.trace(private, concrete_args=_defaults(private) or None)
+    except Exception as error:
+        line = _raising_line(error)
+        raise TraceError(
+            f"the forward pass of {name} cannot be recorded{line}: {_first_line(error)}. "
+            "Way out: let forward() depend on shapes only, not on values of tensors"
+        ) from error
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for extra in inputs[1:]:
+        if extra.users:
+            raise TraceError(f"{name} takes {len(inputs)} inputs; wrap it so that forward() takes one tensor")
+        graph.erase_node(extra)
+    return graph
+
+
+def _defaults(private: nn.Module) -> dict[str, Any]:
+    """Every argument of forward() after the first that has a default keeps it."""
+    parameters = list(inspect.signature(private.forward).parameters.values())[1:]
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _raising_line(error: BaseException) -> str:
+    trace, place = error.__traceback__, ""
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if not file.startswith(_OWN) and not file.startswith("<"):
+            place = f" ({_short(file)}:{trace.tb_lineno} in {trace.tb_frame.f_code.co_name})"
+        trace = trace.tb_next
+    return place
+
+
+def _short(file: str) -> str:
+    return file.rpartition("site-packages/")[2]
+
+
+def source_of(node: fx.Node) -> str:
+    """The line of the user's code that made this node, as `file.py:12 in forward: text`; "" if unknown."""
+    frames = [match for match in _FRAME.finditer(node.stack_trace or "") if not match["file"].startswith(_OWN)]
+    if not frames:
+        return ""
+    frame = frames[-1]
+    return f"{_short(frame['file'])}:{frame['line']} in {frame['where']}: {frame['text'].strip()}"
+
+
+def scope_of(node: fx.Node) -> str:
+    """The qualified name of the module whose forward made this node ("" for the network itself)."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack.values()))[0] if stack else ""
+    return str(path)
+
+
+# In-place operations: `y.relu_()` changes y for everything that reads it later, so those readers are redirected.
+
+
+def _is_in_place(node: fx.Node, module: fx.GraphModule) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+    if node.kwargs.get("inplace") is True:
+        return True
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return str(name).endswith("_") and not str(name).startswith("_")
+
+
+def _make_functional(module: fx.GraphModule) -> None:
+    seen: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        seen.add(node)
+        if node.op not in ("call_module", "call_function", "call_method") or not _is_in_place(node, module):
+            continue
+        changed = node.args[0]
+        if isinstance(changed, fx.Node):
+            changed.replace_all_uses_with(node, delete_user_cb=lambda user: user not in seen)
+
+
+def _drop_asserts(module: fx.GraphModule) -> None:
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target is torch._assert:
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+# Which values follow the batch: the graph is run on batches of two and of three samples.
+
+Kind = Literal["batched", "static", "number", "batch_size", "mixed", "other", "unknown"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is known of every node's value, by node name."""
+
+    kinds: Mapping[str, Kind]
+    shapes: Mapping[str, tuple[int, ...]]
+    """Per tensor, with a batch of 2 on axis 0 where the kind is "batched"."""
+    failure: tuple[str, str] | None = None
+    """(node name, reason) of the first node that cannot run on other batch sizes."""
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.values: dict[str, Any] = {}
+        self.failed: tuple[str, str] | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            value = super().run_node(n)
+        except Exception as error:
+            self.failed = self.failed or (n.name, _first_line(error))
+            raise
+        self.values[n.name] = _describe(value)
+        return value
+
+
+def _describe(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, (tuple, list)):
+        return [_describe(item) for item in value]
+    return value if isinstance(value, (int, float)) else None
+
+
+def measure(module: fx.GraphModule, example: Tensor) -> Sizes:
+    """Run the graph on two batch sizes and tell which values follow the batch axis."""
+    runs = []
+    for batch in (2, 3):
+        recorder = _Recorder(module)
+        try:
+            with torch.no_grad():
+                recorder.run(example[:1].repeat(batch, *(1,) * (example.ndim - 1)))
+        except Exception:
+            if recorder.failed is None:
+                raise
+        runs.append(recorder)
+    two, three = runs
+    kinds: dict[str, Kind] = {}
+    for node in module.graph.nodes:
+        known = node.name in two.values and node.name in three.values
+        kinds[node.name] = _kind(two.values[node.name], three.values[node.name]) if known else "unknown"
+    shapes = {name: value for name, value in two.values.items() if isinstance(value, tuple)}
+    return Sizes(kinds, shapes, two.failed or three.failed)
+
+
+def _kind(two: Any, three: Any) -> Kind:
+    if isinstance(two, tuple) and isinstance(three, tuple):
+        if two == three:
+            return "static"
+        follows = two[1:] == three[1:] and (two[:1], three[:1]) == ((2,), (3,))
+        return "batched" if follows else "mixed"
+    if isinstance(two, list) and isinstance(three, list) and len(two) == len(three):
+        kinds = {_kind(a, b) for a, b in zip(two, three, strict=True)}
+        if "mixed" in kinds:
+            return "mixed"
+        return next(iter(kinds)) if len(kinds) == 1 else "other"
+    if isinstance(two, (int, float)):
+        return "number" if two == three else "batch_size"
+    return "other"

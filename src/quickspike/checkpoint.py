@@ -1,0 +1,292 @@
+"""One safetensors file holds a whole spiking network: weights as tensors, everything else as a JSON header.
+
+The header carries the graph as data. Loading rebuilds it from the tables in `operators.py` and from the timed layers
+of `neuron.py`, and from nothing else: no pickle, no code of the source network, no name that is not listed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, fx, nn
+
+from quickspike.conversion import SpikingNetwork
+from quickspike.errors import CheckpointError
+from quickspike.files import whole_file
+from quickspike.graph import Site
+from quickspike.neuron import AccumulatedMaxPool, Neuron, NeuronParameters, Repeat, Surrogate
+from quickspike.operators import FUNCTION_NAMES, FUNCTIONS, LAYERS, MAX_POOLS, layer_arguments
+
+FORMAT = 1
+"""Version of the file format; a reader refuses a newer one."""
+
+_NAME = re.compile(r"(?!__)[A-Za-z_]\w*\Z", re.ASCII)
+_PATH = re.compile(r"(?:(?:(?!__)[A-Za-z_]\w*|\d+)(?:\.|\Z))+\Z", re.ASCII)
+_LAYER_TYPES = {cls.__name__: cls for cls in (*LAYERS, *MAX_POOLS)}
+_NEURON_TENSORS = ("threshold", "initial", "leak", "amplitude")
+
+# Saving
+
+
+def save(snn: SpikingNetwork, path: str | Path) -> None:
+    """Write `snn` to `path`, whole or not at all.
+
+    Raises:
+        OutputError: the file cannot be written.
+        CheckpointError: the network holds a layer that the format does not know.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in snn.network.state_dict().items()}
+    header = json.dumps(_header(snn), allow_nan=False, sort_keys=True)
+    metadata = {"quickspike": header, "sha256": _digest(header, tensors)}
+    with whole_file(path) as temporary:
+        temporary.write_bytes(safetensors.torch.save(tensors, metadata))
+
+
+def _header(snn: SpikingNetwork) -> dict[str, Any]:
+    graph = snn.network.graph
+    called = sorted({str(node.target) for node in graph.nodes if node.op == "call_module"})
+    return {
+        "format": FORMAT,
+        "steps": snn.steps,
+        "input_shape": list(snn.input_shape),
+        "method": snn.method,
+        "provenance": snn.provenance,
+        "sites": [dataclasses.asdict(site) for site in snn.sites],
+        "layers": {name: _layer_to_json(snn.network.get_submodule(name)) for name in called},
+        "graph": [_node_to_json(node) for node in graph.nodes],
+    }
+
+
+def _layer_to_json(layer: nn.Module) -> dict[str, Any]:
+    if isinstance(layer, Neuron):
+        arguments: dict[str, Any] = {"constant_input": layer.constant_input, "scaled": layer.scaled, "strict": layer.strict}
+        return {"type": "Neuron", "arguments": arguments | {"surrogate": dataclasses.asdict(layer.surrogate)}}
+    if isinstance(layer, Repeat):
+        return {"type": "Repeat", "arguments": {}}
+    if isinstance(layer, AccumulatedMaxPool):
+        return {"type": "AccumulatedMaxPool", "arguments": {"pool": _layer_to_json(layer.pool)}}
+    try:
+        return {"type": type(layer).__name__, "arguments": _encode(layer_arguments(layer))}
+    except KeyError:
+        raise CheckpointError(f"a layer of type {type(layer).__name__} has no place in the file format") from None
+
+
+def _node_to_json(node: fx.Node) -> dict[str, Any]:
+    target = FUNCTION_NAMES.get(node.target) if node.op == "call_function" else str(node.target)
+    if target is None:
+        raise CheckpointError(f"the operator {node.target} has no place in the file format")
+    return {"name": node.name, "op": node.op, "target": target, "args": _encode(node.args), "kwargs": _encode(dict(node.kwargs))}
+
+
+def _encode(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if value is Ellipsis:
+        return {"ellipsis": True}
+    if isinstance(value, slice):
+        return {"slice": [_encode(part) for part in (value.start, value.stop, value.step)]}
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(item) for item in value]}
+    if isinstance(value, list):
+        return [_encode(item) for item in value]
+    if isinstance(value, Mapping):
+        return {"dict": {str(key): _encode(item) for key, item in value.items()}}
+    raise CheckpointError(f"an argument of type {type(value).__name__} has no place in the file format")
+
+
+def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the header and every tensor with its name, type and shape: finds any change since saving."""
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# Loading
+
+
+def load(path: str | Path) -> SpikingNetwork:
+    """The spiking network in the file at `path`, bit for bit as saved, on the CPU, in evaluation mode.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, altered, foreign, or of a newer format.
+    """
+    header, tensors = _read(Path(path))
+    try:
+        return _build(header, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except RecursionError:
+        raise CheckpointError(f"{path}: the header is nested too deeply") from None
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(f"{path}: the header does not describe a network ({type(error).__name__}: {reason})") from error
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path} is a folder; name the file in it") from None
+    except Exception as error:
+        hint = "truncated, or not a safetensors file; pickles are never read"
+        raise CheckpointError(f"{path}: {hint} ({str(error).splitlines()[0]})") from error
+    if "quickspike" not in metadata:
+        raise CheckpointError(f"{path}: a safetensors file, but not one that quickspike saved (weights of a source network?)")
+    try:
+        header = json.loads(metadata["quickspike"])
+    except RecursionError:
+        raise CheckpointError(f"{path}: the header is nested too deeply") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the header is not JSON ({error}); the file was altered") from error
+    version = header.get("format") if isinstance(header, dict) else None
+    if not isinstance(version, int) or version < 1:
+        raise CheckpointError(f"{path}: the header names no format version; the file was altered")
+    if version > FORMAT:
+        raise CheckpointError(f"{path}: file format {version}, this quickspike reads up to {FORMAT}; upgrade quickspike to load it")
+    if metadata.get("sha256") != _digest(metadata["quickspike"], tensors):
+        raise CheckpointError(f"{path}: the checksum does not match; the file was damaged or altered since it was saved")
+    return header, tensors
+
+
+def _build(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SpikingNetwork:
+    steps = header["steps"]
+    if not isinstance(steps, int) or steps < 1:
+        raise CheckpointError(f"steps must be a whole number >= 1, got {steps!r}")
+    root, left = nn.Module(), dict(tensors)
+    for name, layer in header["layers"].items():
+        own = {key.removeprefix(f"{name}."): left.pop(key) for key in list(left) if key.startswith(f"{name}.")}
+        _place(root, name, _layer_from_json(layer, own, steps, name))
+    for name, tensor in left.items():
+        _place(root, name, tensor)
+    graph = _graph_from_json(header["graph"], set(header["layers"]), set(left))
+    network = fx.GraphModule(root, graph)
+    graph.lint()
+    sites = tuple(_site(data) for data in header["sites"])
+    missing = [site.name for site in sites if site.name not in header["layers"]]
+    if missing:
+        raise CheckpointError(f"the sites {', '.join(missing)} are not in the graph")
+    input_shape = tuple(int(size) for size in header["input_shape"])
+    return SpikingNetwork(network, sites, steps, input_shape, header["method"], header["provenance"]).eval()
+
+
+def _site(data: Mapping[str, Any]) -> Site:
+    return Site(**{**data, "shape": tuple(data["shape"])})
+
+
+def _place(root: nn.Module, path: str, thing: nn.Module | Tensor) -> None:
+    """Put a layer or a constant tensor at a dotted path below `root`."""
+    if not _PATH.match(path):
+        raise CheckpointError(f"{path!r} is no name for a layer")
+    owner, _, leaf = path.rpartition(".")
+    for part in filter(None, owner.split(".")):
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    if isinstance(thing, nn.Module):
+        root.add_module(leaf, thing)
+    else:
+        root.register_buffer(leaf, thing)
+
+
+def _layer_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor], steps: int, name: str) -> nn.Module:
+    kind, arguments = data["type"], data["arguments"]
+    if kind == "Neuron":
+        surrogate = Surrogate(**arguments["surrogate"])
+        parameters = NeuronParameters(**_exactly(tensors, _NEURON_TENSORS, name), scaled=_flag(arguments, "scaled"), strict=_flag(arguments, "strict"))
+        return Neuron(parameters, steps, _flag(arguments, "constant_input"), surrogate)
+    if kind == "Repeat":
+        return Repeat(steps)
+    if kind == "AccumulatedMaxPool":
+        return AccumulatedMaxPool(_plain_layer(arguments["pool"], {}, name), steps)
+    return _plain_layer(data, tensors, name)
+
+
+def _flag(arguments: Mapping[str, Any], name: str) -> bool:
+    if not isinstance(arguments[name], bool):
+        raise CheckpointError(f"{name} must be true or false, got {arguments[name]!r}")
+    return bool(arguments[name])
+
+
+def _exactly(tensors: Mapping[str, Tensor], names: tuple[str, ...], where: str) -> dict[str, Tensor]:
+    if set(tensors) != set(names):
+        raise CheckpointError(f"{where}: expected the tensors {', '.join(names)}, found {', '.join(sorted(tensors)) or 'none'}")
+    return dict(tensors)
+
+
+def _plain_layer(data: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> nn.Module:
+    cls = _LAYER_TYPES.get(data["type"])
+    if cls is None:
+        raise CheckpointError(f"{name}: unknown layer type {data['type']!r}")
+    arguments = _decode(data["arguments"], {})
+    # On the meta device a declared size costs no memory; the tensors of the file then have to fit it exactly.
+    with torch.device("meta"):
+        layer: nn.Module = cls(**arguments)
+    try:
+        layer.load_state_dict(dict(tensors), strict=True, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{name}: the tensors do not fit a {cls.__name__} ({str(error).splitlines()[-1].strip()})") from error
+    return layer
+
+
+def _graph_from_json(nodes: list[Mapping[str, Any]], layers: set[str], constants: set[str]) -> fx.Graph:
+    graph, known = fx.Graph(), dict[str, fx.Node]()
+    for data in nodes:
+        name, op, target = data["name"], data["op"], data["target"]
+        if not _NAME.match(name) or name in known:
+            raise CheckpointError(f"{name!r} is no name for a node, or names two")
+        args, kwargs = _decode(data["args"], known), _decode(data["kwargs"], known)
+        if not isinstance(args, tuple) or not isinstance(kwargs, dict) or not all(_NAME.match(key) for key in kwargs):
+            raise CheckpointError(f"node {name}: malformed arguments")
+        known[name] = graph.create_node(op, _target(op, target, layers, constants), args, kwargs, name)
+    if [node.op for node in graph.nodes].count("placeholder") != 1 or next(reversed(graph.nodes)).op != "output":
+        raise CheckpointError("the graph must have one input and end with its output")
+    return graph
+
+
+def _target(op: str, target: str, layers: set[str], constants: set[str]) -> str | Callable[..., Any]:
+    if op == "call_function" and target in FUNCTIONS:
+        return FUNCTIONS[target].run
+    if (op == "call_module" and target in layers) or (op == "get_attr" and target in constants):
+        return target
+    if op == "output" or (op == "placeholder" and _NAME.match(target)):
+        return target
+    raise CheckpointError(f"operator {target!r} ({op}) is not one that a spiking network may hold")
+
+
+def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, nodes) for item in value]
+    if not isinstance(value, dict):
+        return value
+    (tag, content), *more = value.items()
+    if more:
+        raise CheckpointError(f"malformed argument {value!r}")
+    if tag == "node":
+        return nodes[content]
+    if tag == "ellipsis":
+        return Ellipsis
+    if tag == "slice":
+        return slice(*(_decode(part, nodes) for part in content))
+    if tag == "tuple":
+        return tuple(_decode(item, nodes) for item in content)
+    if tag == "dict":
+        return {key: _decode(item, nodes) for key, item in content.items()}
+    raise CheckpointError(f"malformed argument tag {tag!r}")

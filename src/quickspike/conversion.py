@@ -1,0 +1,189 @@
+"""From a traced network whose sites are fitted to a spiking network: neurons at the sites, time where it starts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from quickspike.errors import ConversionError, DataError, OptionError
+from quickspike.graph import Site, Traced, swap
+from quickspike.method import Method
+from quickspike.neuron import AccumulatedMaxPool, Neuron, Repeat, Surrogate, Timed
+from quickspike.operators import MAX_POOLS, shape
+
+if TYPE_CHECKING:
+    from quickspike.simulation import Run
+
+Signal = Literal["static", "constant", "timed"]
+"""static: no batch axis (weights, sizes); constant: the same at every step; timed: `[T*B, ...]`."""
+
+
+class SpikingNetwork(nn.Module):
+    """A converted network: an ordinary module that maps images `[B, ...]` to logits `[B, K]`.
+
+    Its state (membrane potentials) lives inside one call, so that calls do not depend on each other.
+
+    Attributes:
+        network: the graph; `print(snn.code)` shows its forward pass, which reads like the source network's.
+        steps: T.
+        sites: where the neurons stand, in order.
+        method: name and options of the conversion method, as plain data.
+        provenance: how the network was made, as plain data.
+        input_shape: of one sample; the first entry (channels or features) is checked at every call.
+    """
+
+    def __init__(
+        self,
+        network: fx.GraphModule,
+        sites: tuple[Site, ...],
+        steps: int,
+        input_shape: tuple[int, ...],
+        method: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        self.network, self.sites, self.steps, self.input_shape = network, sites, steps, input_shape
+        self.method, self.provenance = dict(method), dict(provenance)
+        # Weights take gradients, as in any module; thresholds and their like only when asked to.
+        for module in network.modules():
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(not isinstance(module, Neuron))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `[B, K]`: the readout averaged over the steps."""
+        return readout(self.outputs(images))[-1]
+
+    def outputs(self, images: Tensor) -> Tensor:
+        """What the last layer gives at each step on its own, `[T, B, K]`."""
+        self.check_input(images)
+        folded: Tensor = self.network(images)
+        return folded.unflatten(0, (self.steps, -1))
+
+    def run(self, images: Tensor) -> Run:
+        """Logits after every step and the spikes of every site. See `quickspike.simulation`."""
+        from quickspike.simulation import simulate
+
+        return simulate(self, images)
+
+    def neuron(self, site: str) -> Neuron:
+        """The neurons at the site of that name."""
+        module = self.network.get_submodule(site)
+        if not isinstance(module, Neuron):
+            raise ConversionError(f"{site!r} is no site; sites: {', '.join(s.name for s in self.sites)}")
+        return module
+
+    def with_steps(self, steps: int) -> SpikingNetwork:
+        """A copy that runs for another number of steps; thresholds stay as they were fitted."""
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise OptionError(f"steps must be a whole number >= 1, got {steps!r}")
+        other = copy.deepcopy(self)
+        other.steps = steps
+        for module in other.modules():
+            if isinstance(module, Timed):
+                module.steps = steps
+        return other
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one safetensors file; see `quickspike.checkpoint`."""
+        from quickspike.checkpoint import save
+
+        save(self, path)
+
+    @property
+    def code(self) -> str:
+        """The forward pass as Python source."""
+        return str(self.network.code)
+
+    def check_input(self, images: Tensor) -> None:
+        """Raise DataError if the images cannot be this network's input."""
+        expected = ("B", *self.input_shape)
+        if images.ndim != len(expected) or images.shape[1] != self.input_shape[0] or images.shape[0] == 0:
+            fits = ", ".join(map(str, expected))
+            raise DataError(f"this network takes images of shape [{fits}], got {list(images.shape)}")
+
+    def extra_repr(self) -> str:
+        return f"method={self.method.get('name')}, steps={self.steps}, sites={len(self.sites)}"
+
+
+def readout(outputs: Tensor) -> Tensor:
+    """Logits after each step: mean of the outputs so far. `[T, B, K]` to `[T, B, K]`."""
+    counts = torch.arange(1, len(outputs) + 1, device=outputs.device, dtype=outputs.dtype)
+    return outputs.cumsum(0) / counts.view(-1, *(1,) * (outputs.ndim - 1))
+
+
+def prepare(traced: Traced, method: Method) -> Traced:
+    """A copy of `traced` with the method's activation at every site."""
+    return swap(traced, lambda site, _: method.activation(site))
+
+
+def to_spiking(ann: Traced, method: Method, provenance: Mapping[str, Any], surrogate: Surrogate | None = None) -> SpikingNetwork:
+    """Put neurons at the sites of a prepared and fitted network.
+
+    Args:
+        ann: its sites hold the method's activations. It is not modified.
+        method: gives the neurons their parameters, and T.
+        provenance: kept with the network.
+        surrogate: derivative for autograd; triangular by default.
+
+    Raises:
+        ConversionError: no path from input to output passes a neuron.
+    """
+    module = copy.deepcopy(ann.module)
+    signals: dict[fx.Node, Signal] = {}
+    names = {site.name: site for site in ann.sites}
+    for node in list(module.graph.nodes):
+        signals[node] = _signal(node, signals, names)
+        if node.op == "call_module" and node.target in names:
+            site = names[str(node.target)]
+            constant = signals[node.args[0]] == "constant"
+            parameters = method.neuron(site, ann.at(site))
+            module.set_submodule(site.name, Neuron(parameters, method.steps, constant, surrogate))
+        elif signals[node] == "timed" and node.op != "output":
+            _enter_time(module, node, signals, method.steps)
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    if signals[output] != "timed":
+        raise ConversionError(f"{ann.name}: the output does not depend on any neuron")
+    module.graph.lint()
+    module.recompile()
+    return SpikingNetwork(module, ann.sites, method.steps, ann.example_shape, method.to_json(), provenance)
+
+
+def _signal(node: fx.Node, known: Mapping[fx.Node, Signal], sites: Mapping[str, Site]) -> Signal:
+    if node.op == "placeholder":
+        return "constant"
+    if node.op == "get_attr" or node.target is shape:
+        return "static"
+    if node.op == "call_module" and node.target in sites:
+        return "timed"
+    parents = {known[parent] for parent in node.all_input_nodes}
+    if "timed" in parents:
+        return "timed"
+    return "constant" if "constant" in parents else "static"
+
+
+def _enter_time(module: fx.GraphModule, node: fx.Node, signals: dict[fx.Node, Signal], steps: int) -> None:
+    """Let a timed node read timed operands only, and give max-pooling its state."""
+    for parent in node.all_input_nodes:
+        if signals[parent] == "constant":
+            name = _free_name(module, "repeat")
+            module.add_submodule(name, Repeat(steps))
+            with module.graph.inserting_before(node):
+                repeated = module.graph.call_module(name, (parent,))
+            signals[repeated] = "timed"
+            node.replace_input_with(parent, repeated)
+    if node.op == "call_module" and type(module.get_submodule(str(node.target))) in MAX_POOLS:
+        name = _free_name(module, str(node.target).replace(".", "_") + "_accumulated")
+        module.add_submodule(name, AccumulatedMaxPool(module.get_submodule(str(node.target)), steps))
+        node.target = name
+
+
+def _free_name(module: nn.Module, base: str) -> str:
+    number = 1
+    while hasattr(module, name := base if number == 1 else f"{base}_{number}"):
+        number += 1
+    return name

@@ -1,0 +1,98 @@
+"""What of a network converts, what stays analog, what is refused and why: the answer of `inspect`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any, Literal
+
+from quickspike.errors import UnsupportedOperatorError
+
+Status = Literal["neuron", "synapse", "analog", "folded", "removed", "unsupported"]
+
+MEANING: dict[Status, str] = {
+    "neuron": "activation that becomes a spiking neuron",
+    "synapse": "computed on spikes, at every time step",
+    "analog": "computed on real values, once per input (it precedes the first neuron)",
+    "folded": "merged into a neighbour",
+    "removed": "does nothing in inference",
+    "unsupported": "refused",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One operator of the source network and what becomes of it."""
+
+    name: str
+    """Qualified name of the call, for example `layer1.0.relu_2`."""
+    operator: str
+    """Its type or function, for example `Conv2d`."""
+    status: Status
+    reason: str = ""
+    way_out: str = ""
+    source: str = ""
+    """File, line and text in the network's own code."""
+
+    def sentence(self) -> str:
+        """One line that says what, where, why and what to do."""
+        where = f" at {self.source}" if self.source else ""
+        return f"{self.operator} ({self.name}){where}: {self.reason}. Way out: {self.way_out}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """All findings of one network, in the order of its forward pass."""
+
+    network: str
+    findings: tuple[Finding, ...]
+
+    def having(self, status: Status) -> tuple[Finding, ...]:
+        """The findings of one status."""
+        return tuple(finding for finding in self.findings if finding.status == status)
+
+    @property
+    def unsupported(self) -> tuple[Finding, ...]:
+        """What stands in the way of a conversion; empty if the network converts."""
+        return self.having("unsupported")
+
+    @property
+    def convertible(self) -> bool:
+        """True if nothing is unsupported and there is at least one activation to convert."""
+        return not self.unsupported and bool(self.having("neuron"))
+
+    def raise_if_unsupported(self) -> None:
+        """Raise UnsupportedOperatorError that names the first findings in full and counts the rest."""
+        bad = self.unsupported
+        if not bad:
+            return
+        kinds = Counter(finding.operator for finding in bad)
+        lines = [f"{self.network} cannot be converted: {len(bad)} unsupported operator call(s)", *_first_of_each(bad)]
+        if len(bad) > len(kinds):
+            lines.append("all: " + ", ".join(f"{kind} x{count}" for kind, count in kinds.most_common()))
+        raise UnsupportedOperatorError("\n  ".join(lines))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return {
+            "network": self.network,
+            "convertible": self.convertible,
+            "findings": [dataclasses.asdict(finding) for finding in self.findings],
+        }
+
+    def __str__(self) -> str:
+        counts = Counter(finding.status for finding in self.findings)
+        verdict = "converts" if self.convertible else "does not convert"
+        lines = [f"{self.network}: {verdict}"]
+        for status, meaning in MEANING.items():
+            if counts[status]:
+                lines.append(f"  {counts[status]:4d} {status:<11} {meaning}")
+        lines += [f"  {finding.sentence()}" for finding in self.unsupported]
+        return "\n".join(lines)
+
+
+def _first_of_each(findings: tuple[Finding, ...]) -> list[str]:
+    first: dict[str, Finding] = {}
+    for finding in findings:
+        first.setdefault(finding.operator, finding)
+    return [finding.sentence() for finding in list(first.values())[:8]]

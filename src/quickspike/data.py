@@ -1,0 +1,305 @@
+"""Images in: calibration streams, the data sets by name, and how pixels become the network's input."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from quickspike.capture import check_batch
+from quickspike.errors import DataError, UnknownNameError
+
+IMAGE_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x", "data")
+LABEL_KEYS = ("label", "labels", "target", "targets", "y")
+BATCH = 100
+"""Samples a tensor is cut into when it comes without batches."""
+
+Batches = Tensor | Iterable[Any]
+"""A tensor `[N, ...]`, or an iterable of tensors, (tensor, label) pairs or dicts."""
+
+
+def image_batches(source: Batches) -> Iterator[Tensor]:
+    """The image tensors `[B, ...]` of any accepted source.
+
+    Raises:
+        DataError: an element holds no image tensor.
+    """
+    for images, _ in labelled_batches(source):
+        yield images
+
+
+def labelled_batches(source: Batches) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """(images, labels or None) of any accepted source.
+
+    Raises:
+        DataError: an element is neither a tensor, a (tensor, labels) pair nor a dict with a known key.
+    """
+    if isinstance(source, Tensor):
+        source = source.split(BATCH)
+    try:
+        iterator = iter(source)
+    except TypeError:
+        kind = type(source).__name__
+        raise DataError(f"expected a tensor or an iterable of batches, got {kind}; wrap a Dataset in a DataLoader") from None
+    for batch in iterator:
+        yield _split(batch)
+
+
+def _split(batch: Any) -> tuple[Tensor, Tensor | None]:
+    if isinstance(batch, Tensor):
+        return batch, None
+    if isinstance(batch, Mapping):
+        image_key = next((key for key in IMAGE_KEYS if key in batch), None)
+        if image_key is None:
+            raise DataError(f"a batch is a dict with keys {sorted(map(str, batch))}; expected one of {', '.join(IMAGE_KEYS)}")
+        label_key = next((key for key in LABEL_KEYS if key in batch), None)
+        return batch[image_key], None if label_key is None else torch.as_tensor(batch[label_key])
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+        return batch[0], torch.as_tensor(batch[1]) if len(batch) > 1 else None
+    raise DataError(f"a batch is a {type(batch).__name__}; expected a tensor, a (tensor, labels) pair or a dict")
+
+
+class ImageStream:
+    """Checked calibration images that can be passed over as often as their source can.
+
+    Args:
+        source: see `Batches`; a one-shot iterator can be passed over once.
+
+    Raises:
+        DataError: the source is empty or its first batch is unusable.
+    """
+
+    def __init__(self, source: Batches) -> None:
+        self._source = source
+        self._one_shot: Iterator[Tensor] | None = None
+        self.samples = 0
+        """Images handed out in the last complete pass."""
+        iterator = image_batches(source)
+        self.first = next(iterator, None)
+        if self.first is None:
+            raise DataError("the calibration data is empty; give at least one batch of images")
+        check_batch(self.first, "calibration batch 1")
+        if isinstance(source, Iterator):
+            self._one_shot = itertools.chain([self.first], iterator)
+
+    @property
+    def example(self) -> Tensor:
+        """One sample, `[1, ...]`."""
+        assert self.first is not None  # noqa: S101 - __init__ raises otherwise
+        return self.first[:1]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        assert self.first is not None  # noqa: S101 - __init__ raises otherwise
+        batches = image_batches(self._source)
+        if isinstance(self._source, Iterator):
+            if self._one_shot is None:
+                raise DataError("the calibration data is a generator and was used up; give a list or a DataLoader")
+            batches, self._one_shot = self._one_shot, None
+        samples = 0
+        for number, images in enumerate(batches, 1):
+            check_batch(images, f"calibration batch {number}")
+            if images.shape[1:] != self.first.shape[1:]:
+                shapes = f"{list(images.shape[1:])}, the first {list(self.first.shape[1:])}"
+                raise DataError(f"calibration batch {number} holds samples of shape {shapes}; all must be alike")
+            samples += len(images)
+            yield images
+        self.samples = samples
+
+    def feed(self, module: nn.Module) -> None:
+        """Run every batch through `module` in training mode (its probes watch), without gradients."""
+        parameter = next(module.parameters(), torch.empty(0))
+        module.train()
+        try:
+            with torch.no_grad():
+                for images in self:
+                    module(images.to(parameter))
+        finally:
+            module.eval()
+
+
+# Data sets by name
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and standard deviation per channel of pixel/255 over the training images."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+STATISTICS = {
+    "mnist": Statistics((0.1307,), (0.3081,)),
+    "fashion-mnist": Statistics((0.2860,), (0.3530,)),
+    "cifar10": Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": Statistics((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "digits": Statistics((0.3053,), (0.3769,)),
+    "imagefolder": IMAGENET,
+}
+NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imagefolder:PATH", "npz:PATH")
+NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """uint8 pictures held in memory, given out as normalised tensors `[C, H, W]` with their label.
+
+    Args:
+        pixels: `[N, H, W]` or `[N, H, W, C]`, uint8.
+        labels: `[N]`, whole numbers.
+        statistics: see `Statistics`.
+
+    Raises:
+        DataError: shapes, dtypes or label values do not fit.
+    """
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray, statistics: Statistics, where: str) -> None:
+        if pixels.ndim == 3:
+            pixels = pixels[..., None]
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3):
+            shape = f"{pixels.dtype} {list(pixels.shape)}"
+            raise DataError(f"{where}: images must be uint8 [N, H, W] or [N, H, W, C] with C = 1 or 3, got {shape}")
+        if len(labels) != len(pixels) or labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise DataError(f"{where}: labels must be {len(pixels)} whole numbers, got {labels.dtype} {list(labels.shape)}")
+        if len(pixels) == 0:
+            raise DataError(f"{where}: holds no images")
+        if labels.min() < 0:
+            raise DataError(f"{where}: labels must be >= 0, found {labels.min()}")
+        channels = pixels.shape[3]
+        if len(statistics.mean) not in (1, channels) or len(statistics.std) not in (1, channels):
+            raise DataError(f"{where}: images have {channels} channel(s), but {len(statistics.mean)} mean(s) were given")
+        self.pixels = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+        self.labels = torch.from_numpy(labels.astype(np.int64))
+        self.mean = torch.tensor(statistics.mean).view(-1, 1, 1)
+        self.std = torch.tensor(statistics.std).view(-1, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return (self.pixels[index] / 255 - self.mean) / self.std, int(self.labels[index])
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
+        """A whole batch in one go; DataLoader prefers this over one call per image."""
+        images = (self.pixels[indices] / 255 - self.mean) / self.std
+        return list(zip(images, self.labels[indices].tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Training and test images of one named set."""
+
+    name: str
+    train: Dataset[tuple[Tensor, int]]
+    test: Dataset[tuple[Tensor, int]]
+    statistics: Statistics
+    class_names: tuple[str, ...] = ()
+
+    def loader(self, split: str, batch_size: int = BATCH, limit: int | None = None) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Batches of a split ("train" or "test") in their stored order, the first `limit` images if given."""
+        images: Dataset[tuple[Tensor, int]] = {"train": self.train, "test": self.test}[split]
+        if limit is not None:
+            size = len(images)  # type: ignore[arg-type]
+            if limit > size:
+                raise DataError(f"{self.name}: asked for {limit} {split} images, it holds {size}")
+            images = torch.utils.data.Subset(images, range(limit))
+        return DataLoader(images, batch_size=batch_size)
+
+
+def load_data(
+    name: str, data_dir: str | Path | None = None, statistics: Statistics | None = None, download: bool = False
+) -> DataSet:
+    """A data set by its name on the command line.
+
+    Args:
+        name: one of `NAMES`.
+        data_dir: where torchvision keeps its files (mnist, fashion-mnist, cifar10, cifar100).
+        statistics: mean and deviation that the network was trained with; by default the set's own, for `npz` 0.5.
+        download: let torchvision fetch missing files.
+
+    Raises:
+        UnknownNameError: no such data set.
+        DataError: files are missing or unusable.
+    """
+    kind, _, path = name.partition(":")
+    if kind == "digits":
+        return _digits(statistics or STATISTICS[kind])
+    if kind == "npz":
+        return _npz(Path(path), statistics)
+    if kind == "imagefolder":
+        return _image_folder(Path(path), statistics or STATISTICS[kind])
+    if kind in STATISTICS:
+        return _torchvision(kind, data_dir, statistics or STATISTICS[kind], download)
+    raise UnknownNameError("data set", name, NAMES)
+
+
+def _digits(statistics: Statistics) -> DataSet:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    split = train_test_split(pixels, digits.target, test_size=0.25, random_state=0, stratify=digits.target)
+    train_pixels, test_pixels, train_labels, test_labels = split
+    train = Images(train_pixels, train_labels, statistics, "digits")
+    return DataSet("digits", train, Images(test_pixels, test_labels, statistics, "digits"), statistics, tuple("0123456789"))
+
+
+def _npz(path: Path, statistics: Statistics | None) -> DataSet:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except Exception as error:
+        raise DataError(f"{path}: not a readable npz file ({str(error).splitlines()[0]})") from error
+    missing = [key for key in NPZ_KEYS if key not in arrays]
+    if missing:
+        raise DataError(f"{path}: lacks {', '.join(missing)}; needs {', '.join(NPZ_KEYS)} and, if wanted, class_names")
+    statistics = statistics or Statistics((0.5,), (0.5,))
+    train = Images(arrays["train_images"], arrays["train_labels"], statistics, f"{path}: train")
+    test = Images(arrays["test_images"], arrays["test_labels"], statistics, f"{path}: test")
+    names = tuple(map(str, arrays["class_names"])) if "class_names" in arrays else ()
+    return DataSet(f"npz:{path}", train, test, statistics, names)
+
+
+def _torchvision(kind: str, data_dir: str | Path | None, statistics: Statistics, download: bool) -> DataSet:
+    from torchvision import datasets
+
+    if data_dir is None:
+        raise DataError(f"{kind} needs --data-dir, the folder in which torchvision keeps (or shall put) its files")
+    classes = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
+    parts = []
+    for train in (True, False):
+        try:
+            source = classes[kind](str(data_dir), train=train, download=download)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{kind} is not in {data_dir} ({reason}); add --download, or give npz:PATH") from error
+        parts.append(Images(np.asarray(source.data), np.asarray(source.targets), statistics, f"{kind} in {data_dir}"))
+    return DataSet(kind, parts[0], parts[1], statistics, tuple(source.classes))
+
+
+def _image_folder(path: Path, statistics: Statistics) -> DataSet:
+    from torchvision import datasets
+    from torchvision.transforms import v2
+
+    pixels = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    transform = v2.Compose([v2.Resize(256), v2.CenterCrop(224), pixels, v2.Normalize(statistics.mean, statistics.std)])
+    parts = []
+    for split, other in (("train", "train"), ("test", "val")):
+        folder = next((path / name for name in (split, other) if (path / name).is_dir()), None)
+        if folder is None:
+            raise DataError(f"{path}: needs the folders train and test (or val), each with one folder per class")
+        try:
+            parts.append(datasets.ImageFolder(str(folder), transform))
+        except FileNotFoundError as error:
+            raise DataError(f"{folder}: {str(error).splitlines()[0]}") from error
+    return DataSet(f"imagefolder:{path}", parts[0], parts[1], statistics, tuple(parts[0].classes))

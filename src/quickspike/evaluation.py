@@ -1,0 +1,188 @@
+"""Accuracy after each step, agreement with the source network, and firing rates, from one pass over labelled images."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from quickspike.capture import check_batch, copy_of
+from quickspike.conversion import SpikingNetwork
+from quickspike.data import Batches, labelled_batches
+from quickspike.errors import DataError, OptionError
+from quickspike.provenance import machine, versions
+from quickspike.simulation import simulate
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+CHUNK = 400_000
+"""Input values times steps that are simulated at once: small enough for the processor's caches, large enough to fill it."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an evaluation measured. Accuracies and agreements in percent, keyed by the number of steps."""
+
+    samples: int
+    steps: tuple[int, ...]
+    accuracy: dict[int, float]
+    """Top-1 accuracy of the readout after that many steps."""
+    reference_accuracy: float | None
+    """Top-1 accuracy of the source network on the same images; None without a reference."""
+    agreement: dict[int, float]
+    """Share of images on which spiking and source network choose the same class; empty without a reference."""
+    rates: dict[str, float]
+    """Mean spikes per neuron and step at each site over the whole run, in [0, 1]."""
+    method: dict[str, Any]
+    provenance: dict[str, Any]
+    seconds: float
+    """Wall-clock time of the evaluation."""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; keys of `accuracy` and `agreement` become strings."""
+        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        data["accuracy"] = {str(step): value for step, value in self.accuracy.items()}
+        data["agreement"] = {str(step): value for step, value in self.agreement.items()}
+        return data
+
+
+def make_fabric(device: str = "auto", precision: str = "32-true") -> Fabric:
+    """One process on one device, through Lightning Fabric.
+
+    Args:
+        device: auto, cpu, cuda, mps, ... (Fabric's accelerator names).
+        precision: 32-true, bf16-mixed, ... (Fabric's precision names).
+
+    Raises:
+        OptionError: Fabric does not know the device or the precision, or the device is not there.
+    """
+    from lightning_fabric import Fabric
+
+    try:
+        return Fabric(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OptionError(f"device {device!r} with precision {precision!r} is not to be had: {reason}") from error
+
+
+def evaluate(
+    snn: SpikingNetwork,
+    data: Batches,
+    reference: nn.Module | None = None,
+    steps: Sequence[int] | None = None,
+    *,
+    device: str = "auto",
+    precision: str = "32-true",
+) -> Report:
+    """Measure `snn` on labelled images; all step counts come from one simulation of the largest.
+
+    Args:
+        snn: the spiking network; not modified.
+        data: batches of (images `[B, ...]`, labels `[B]`).
+        reference: the source network, for its accuracy and the agreement with it; not modified.
+        steps: numbers of steps to report, by default 1, 2, 4, ... up to the network's own T. More than T is allowed:
+            the network then runs longer than its thresholds were fitted for.
+        device, precision: see `make_fabric`.
+
+    Raises:
+        DataError: no labels, labels out of range, no images, or images that do not fit.
+        OptionError: a number of steps below 1.
+    """
+    chosen = _steps(steps, snn.steps)
+    fabric = make_fabric(device, precision)
+    network = fabric.to_device(copy.deepcopy(snn) if chosen[-1] <= snn.steps else snn.with_steps(chosen[-1]))
+    source = None if reference is None else fabric.to_device(copy_of(reference))
+    tally = _Tally(chosen, network, source)
+    started = time.perf_counter()
+    with torch.inference_mode(), fabric.autocast():
+        for number, (images, labels) in enumerate(labelled_batches(data), 1):
+            _check_labels(images, labels, number)
+            tally.add(fabric.to_device(images), fabric.to_device(labels), number)
+    if tally.samples == 0:
+        raise DataError("the evaluation data is empty; give at least one batch of (images, labels)")
+    settings = {"device": str(fabric.device), "precision": precision, "versions": versions(), "machine": machine()}
+    return tally.report(snn, time.perf_counter() - started, settings)
+
+
+def _steps(steps: Sequence[int] | None, own: int) -> tuple[int, ...]:
+    if steps is None:
+        steps = [2**power for power in range(own.bit_length()) if 2**power < own] + [own]
+    if not steps or any(not isinstance(step, int) or isinstance(step, bool) or step < 1 for step in steps):
+        raise OptionError(f"steps must be whole numbers >= 1, got {list(steps)!r}")
+    return tuple(sorted(set(steps)))
+
+
+def _check_labels(images: Tensor, labels: Tensor | None, number: int) -> None:
+    check_batch(images, f"evaluation batch {number}")
+    if labels is None:
+        raise DataError(f"evaluation batch {number} has no labels; give (images, labels) pairs")
+    if labels.shape != images.shape[:1] or labels.is_floating_point():
+        expected = f"{len(images)} whole numbers"
+        raise DataError(f"evaluation batch {number}: labels must be {expected}, got {labels.dtype} {list(labels.shape)}")
+
+
+class _Tally:
+    """Counts over the batches seen so far."""
+
+    def __init__(self, steps: tuple[int, ...], network: SpikingNetwork, source: nn.Module | None) -> None:
+        self.steps, self.network, self.source = steps, network, source
+        self.samples = 0
+        self.right = torch.zeros(len(steps), dtype=torch.int64)
+        self.agree = torch.zeros(len(steps), dtype=torch.int64)
+        self.reference_right = 0
+        self.spikes: dict[str, int] = {}
+        self.neurons: dict[str, int] = {}
+        if len(network.input_shape) == 3:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def add(self, images: Tensor, labels: Tensor, number: int) -> None:
+        """Count one batch, simulated in chunks that bound the memory."""
+        for part, part_labels in self._chunks(images, labels):
+            run = simulate(self.network, part)
+            if run.logits.ndim != 3:
+                raise DataError(f"the network gives {list(run.logits.shape[1:])} per batch; accuracy needs logits [B, K]")
+            classes = run.logits.shape[2]
+            if bool((part_labels < 0).any()) or bool((part_labels >= classes).any()):
+                found = f"{int(part_labels.min())}..{int(part_labels.max())}"
+                raise DataError(f"evaluation batch {number}: labels {found} do not fit a network with {classes} classes (0..{classes - 1})")
+            chosen = run.logits.argmax(2)[[step - 1 for step in self.steps]]
+            self.right += (chosen == part_labels).sum(1).cpu()
+            self.samples += len(part)
+            for site, counts in run.spikes.items():
+                self.spikes[site] = self.spikes.get(site, 0) + int(counts.sum())
+                self.neurons[site] = counts[0].numel()
+            if self.source is not None:
+                answer = self.source(part).argmax(1)
+                self.reference_right += int((answer == part_labels).sum())
+                self.agree += (chosen == answer).sum(1).cpu()
+
+    def _chunks(self, images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        size = max(1, CHUNK // (images[0].numel() * self.network.steps))
+        if images.ndim == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return list(zip(images.split(size), labels.split(size), strict=True))
+
+    def report(self, snn: SpikingNetwork, seconds: float, settings: dict[str, Any]) -> Report:
+        def percent(counts: Tensor) -> dict[int, float]:
+            return {step: 100 * count / self.samples for step, count in zip(self.steps, counts.tolist(), strict=True)}
+
+        slots = self.samples * self.network.steps
+        return Report(
+            samples=self.samples,
+            steps=self.steps,
+            accuracy=percent(self.right),
+            reference_accuracy=None if self.source is None else 100 * self.reference_right / self.samples,
+            agreement={} if self.source is None else percent(self.agree),
+            rates={site: total / (self.neurons[site] * slots) for site, total in self.spikes.items()},
+            method=snn.method,
+            provenance=snn.provenance,
+            seconds=seconds,
+            settings=settings,
+        )

@@ -1,0 +1,211 @@
+"""trace(): from a user's network to a graph with one Site per activation call; swap(): put something else at the sites."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from quickspike import capture as capturing
+from quickspike.capture import Captured, Sizes, capture, measure, scope_of, source_of
+from quickspike.classify import activate, classify
+from quickspike.coverage import Coverage, Finding
+from quickspike.errors import DataError, TraceError
+from quickspike.operators import MAX_POOLS, ReLU
+from quickspike.rewrite import fold_batch_norm, move_max_pools
+
+
+@dataclass(frozen=True)
+class Site:
+    """One activation call of the source network: where a neuron will stand.
+
+    A module that is called twice makes two sites.
+    """
+
+    name: str
+    """Qualified name, for example `layer1.0.relu_2`; also the module's name in the traced and the spiking network."""
+    function: str
+    """What stood there: relu, relu6 or clamp."""
+    ceiling: float | None
+    """Upper bound of the source activation (6 for relu6); None for a plain ReLU."""
+    shape: tuple[int, ...]
+    """Of one sample, without the batch axis: (C, H, W) or (C,)."""
+    source: str = ""
+    """The user's line of code."""
+
+    @property
+    def channels(self) -> int:
+        """Size of the axis after the batch."""
+        return self.shape[0]
+
+    def per_channel(self, values: Tensor) -> Tensor:
+        """Reshape `[C]` so that it broadcasts over `[B, C, ...]`; a scalar stays a scalar."""
+        return values.reshape((-1,) + (1,) * (len(self.shape) - 1)) if values.ndim else values
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A copy of the source network as a graph: batch norm folded, max-pooling in front, one named module per site."""
+
+    module: fx.GraphModule
+    sites: tuple[Site, ...]
+    coverage: Coverage
+    example_shape: tuple[int, ...]
+    """Of one input sample, without the batch axis."""
+
+    @property
+    def name(self) -> str:
+        """Class name of the source network."""
+        return self.coverage.network
+
+    def at(self, site: Site) -> nn.Module:
+        """The module that stands at `site`."""
+        return self.module.get_submodule(site.name)
+
+    def check_input(self, images: Tensor, what: str) -> None:
+        """Raise DataError unless `images` is a finite batch that fits the network."""
+        capturing.check_batch(images, what)
+        if tuple(images.shape[1:]) != self.example_shape:
+            fits = f"[B, {', '.join(map(str, self.example_shape))}]"
+            raise DataError(f"{what} has shape {list(images.shape)}, but {self.name} was traced for {fits}")
+
+
+def trace(model: nn.Module, example: Tensor) -> Traced:
+    """Copy `model`, record it as a graph, and find its activation sites.
+
+    Args:
+        model: the source network, any mode; it is not modified.
+        example: at least one input sample, `[B, ...]`, normalised as in training.
+
+    Raises:
+        UnsupportedOperatorError: names every operator that does not convert, with its line and the way out.
+        TraceError: the forward pass cannot be recorded, or the recording computes something else.
+        DataError: the example is unusable.
+    """
+    captured = capture(model, example)
+    sizes = measure(captured.module, captured.example)
+    coverage = classify(captured.module, sizes, captured.name)
+    coverage.raise_if_unsupported()
+    if not coverage.having("neuron"):
+        raise TraceError(f"{captured.name} holds no activation that could become a neuron (ReLU, ReLU6, clamp at 0)")
+    fold_batch_norm(captured.module, sizes)
+    move_max_pools(captured.module)
+    sites = _name_sites(captured)
+    _verify(captured)
+    return Traced(captured.module, sites, coverage, tuple(captured.example.shape[1:]))
+
+
+def inspect(model: nn.Module, example: Tensor) -> Coverage:
+    """What `convert` would do with `model`: converted, analog, folded, removed, refused and why. Changes nothing.
+
+    Raises:
+        DataError: the example is unusable.
+    """
+    try:
+        captured = capture(model, example)
+    except TraceError as error:
+        name = type(model).__name__
+        way_out = "see the message; the forward pass must be recordable by torch.fx"
+        return Coverage(name, (Finding("forward", name, "unsupported", str(error), way_out),))
+    return classify(captured.module, measure(captured.module, captured.example), captured.name)
+
+
+def swap(traced: Traced, maker: Callable[[Site, nn.Module], nn.Module]) -> Traced:
+    """A copy of `traced` with `maker(site, module that stands there now)` at every site."""
+    module = copy.deepcopy(traced.module)
+    for site in traced.sites:
+        module.set_submodule(site.name, maker(site, module.get_submodule(site.name)))
+    return Traced(module, traced.sites, traced.coverage, traced.example_shape)
+
+
+def _name_sites(captured: Captured) -> tuple[Site, ...]:
+    """Replace the placeholder calls of activate() by named modules."""
+    module, sites = captured.module, []
+    calls = [node for node in module.graph.nodes if node.target is activate]
+    shapes = _shapes(captured) if calls else {}
+    taken = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
+    for node in calls:
+        name = _unique(_site_name(node), taken | {site.name for site in sites}, module)
+        sites.append(Site(name, node.meta["function"], node.meta["ceiling"], shapes[node.name][1:], source_of(node)))
+        _set_module(module, name, ReLU(node.meta["ceiling"]))
+        with module.graph.inserting_before(node):
+            call = module.graph.call_module(name, (node.args[0],))
+        node.replace_all_uses_with(call)
+        module.graph.erase_node(node)
+    module.graph.lint()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return tuple(sites)
+
+
+def _shapes(captured: Captured) -> Mapping[str, tuple[int, ...]]:
+    sizes: Sizes = measure(captured.module, captured.example)
+    if sizes.failure:
+        raise TraceError(f"{captured.name}: the rewritten graph does not run: {sizes.failure[1]}")
+    return sizes.shapes
+
+
+def _site_name(node: fx.Node) -> str:
+    if node.meta.get("module_name"):
+        return str(node.meta["module_name"])
+    return ".".join(part for part in (scope_of(node), node.meta["function"]) if part)
+
+
+def _unique(name: str, taken: set[str], module: fx.GraphModule) -> str:
+    """`name`, or `name_2`, ... so that it hides nothing that the graph still uses."""
+    candidate, number = name, 1
+    while candidate in taken or _is_container(module, candidate):
+        number += 1
+        candidate = f"{name}_{number}"
+    return candidate
+
+
+def _is_container(module: fx.GraphModule, name: str) -> bool:
+    try:
+        present = module.get_submodule(name)
+    except AttributeError:
+        return hasattr_path(module, name)
+    return any(True for _ in present.parameters()) or any(True for _ in present.children())
+
+
+def hasattr_path(module: nn.Module, path: str) -> bool:
+    """True if a dotted attribute path exists and is something other than a module."""
+    owner, _, leaf = path.rpartition(".")
+    try:
+        return hasattr(module.get_submodule(owner), leaf)
+    except AttributeError:
+        return False
+
+
+def _set_module(module: fx.GraphModule, name: str, new: nn.Module) -> None:
+    owner, _, leaf = name.rpartition(".")
+    parent: nn.Module = module
+    for part in filter(None, owner.split(".")):
+        if part not in parent._modules:
+            parent.add_module(part, nn.Module())
+        parent = parent.get_submodule(part)
+    if leaf in parent._modules:
+        parent._modules[leaf] = new
+    else:
+        parent.add_module(leaf, new)
+
+
+def _verify(captured: Captured) -> None:
+    """The graph must compute what the source network computes; this catches aliasing that a recording cannot see."""
+    with torch.no_grad():
+        got = captured.module(captured.example)
+    scale = max(float(captured.expected.abs().max()), 1e-12)
+    error = float((got - captured.expected).abs().max()) / scale if got.shape == captured.expected.shape else float("inf")
+    tolerance = 1e-3 if captured.example.dtype in (torch.float32, torch.float64) else 5e-2
+    if not error <= tolerance:
+        raise TraceError(
+            f"the recorded graph of {captured.name} does not compute what the network computes (relative error {error:.1e}). "
+            "Usual causes: an in-place operation on a tensor that another name still refers to, randomness in forward(), "
+            "or state that changes from call to call. Way out: write that step without in-place operations"
+        )
+
+
+__all__ = ["MAX_POOLS", "Site", "Traced", "inspect", "swap", "trace"]

@@ -1,0 +1,129 @@
+"""What a conversion method is, and the registry of all of them."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from torch import nn
+
+from quickspike.errors import ConversionError, OptionError, UnknownNameError
+from quickspike.options import option, options_of, validate
+
+if TYPE_CHECKING:
+    from quickspike.data import ImageStream
+    from quickspike.graph import Site, Traced
+    from quickspike.neuron import NeuronParameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Paper:
+    """Where a method was published."""
+
+    authors: str
+    title: str
+    year: int
+    arxiv: str
+
+    def __str__(self) -> str:
+        return f"{self.authors} ({self.year}), {self.title}, arXiv {self.arxiv}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method(abc.ABC):
+    """One published way from a trained network to a spiking one.
+
+    A method fills in the hooks below; it never sees devices, files, loops or another method.
+    Subclass it in a file of its own under `quickspike/methods/` and decorate the class with `@register`.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[Paper]
+
+    steps: int = option(8, "time steps the spiking network runs for", unit="steps", low=1, high=65536)
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    @abc.abstractmethod
+    def activation(self, site: Site) -> nn.Module:
+        """What stands at `site` while the source network is calibrated or trained."""
+
+    @abc.abstractmethod
+    def neuron(self, site: Site, activation: nn.Module) -> NeuronParameters:
+        """Threshold, initial potential, leak and amplitude of the neurons at `site`, from the fitted activation."""
+
+    def fit(self, ann: Traced, images: ImageStream) -> None:
+        """Adjust the prepared network `ann` in place with unlabelled images. Nothing to do by default."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Name and options as plain data; `from_json` gives the same method back."""
+        return {"name": self.name, "options": dataclasses.asdict(self)}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Method:
+        """Inverse of `to_json`.
+
+        Raises:
+            UnknownNameError: no method of that name is registered.
+            OptionError: an option does not exist or is out of range.
+        """
+        return create(data["name"], **data["options"])
+
+
+_REGISTRY: dict[str, type[Method]] = {}
+M = TypeVar("M", bound=type[Method])
+
+
+def register(cls: M) -> M:
+    """Class decorator: make a method known by its `name` everywhere (Python, command line, docs, contract tests)."""
+    other = _REGISTRY.get(cls.name)
+    if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ConversionError(f"the method name {cls.name!r} is taken by {other.__module__}.{other.__qualname__}")
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def all_methods() -> dict[str, type[Method]]:
+    """Every registered method by name: those of this package and those that others install.
+
+    Another distribution adds one through the entry point group `quickspike.methods`.
+    """
+    package = importlib.import_module("quickspike.methods")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    for entry in metadata.entry_points(group="quickspike.methods"):
+        register(entry.load())
+    return dict(sorted(_REGISTRY.items()))
+
+
+def get(name: str) -> type[Method]:
+    """The method class called `name`.
+
+    Raises:
+        UnknownNameError: there is none; the message offers the nearest name.
+    """
+    methods = all_methods()
+    if name not in methods:
+        raise UnknownNameError("method", name, methods)
+    return methods[name]
+
+
+def create(name: str, **options: Any) -> Method:
+    """A method from its name and options.
+
+    Raises:
+        UnknownNameError: no such method.
+        OptionError: no such option, or its value is out of range.
+    """
+    cls = get(name)
+    known = options_of(cls)
+    for key in options:
+        if key not in known:
+            raise OptionError(str(UnknownNameError(f"option of {name}", key, known)))
+    return cls(**options)

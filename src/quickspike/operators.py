@@ -1,0 +1,178 @@
+"""The operators a spiking network may hold, in one table.
+
+`trace` accepts nothing else, and a checkpoint can name nothing else: what is not listed here neither converts nor
+loads. All listed operators are affine in the signal, so that the mean over time steps of what they give is what they
+give for the mean (the only exceptions, neurons and max-pooling, have layers of their own in `neuron.py` and
+`pooling.py`).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Affine(nn.Module):
+    """Batch norm in evaluation mode that has no convolution to be folded into: x * weight + bias per channel.
+
+    Args:
+        channels: size of axis 1 of the input `[B, C, ...]`.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (-1,) + (1,) * (x.ndim - 2)
+        return x * self.weight.view(shape) + self.bias.view(shape)
+
+    def extra_repr(self) -> str:
+        return str(self.channels)
+
+
+class ReLU(nn.Module):
+    """The activation a traced network holds at a site: clamp(x, 0, ceiling); no upper bound where ceiling is None."""
+
+    def __init__(self, ceiling: float | None = None) -> None:
+        super().__init__()
+        self.ceiling = ceiling
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu() if self.ceiling is None else x.clamp(0.0, self.ceiling)
+
+    def extra_repr(self) -> str:
+        return "" if self.ceiling is None else f"ceiling={self.ceiling:g}"
+
+
+def shape(x: Tensor) -> tuple[int, ...]:
+    """`x.shape` as a plain tuple; the one form in which a graph may ask for sizes."""
+    return tuple(x.shape)
+
+
+_CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = (*_CONVOLUTION[:5], "output_padding", "groups")
+_POOL = ("kernel_size", "stride", "padding", "ceil_mode")
+
+LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
+    **{cls: (*_CONVOLUTION, "padding_mode") for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
+    **{cls: (*_TRANSPOSED, "dilation") for cls in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)},
+    nn.Linear: ("in_features", "out_features"),
+    nn.AvgPool1d: (*_POOL, "count_include_pad"),
+    **{cls: (*_POOL, "count_include_pad", "divisor_override") for cls in (nn.AvgPool2d, nn.AvgPool3d)},
+    **{cls: ("output_size",) for cls in (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)},
+    nn.Flatten: ("start_dim", "end_dim"),
+    nn.Unflatten: ("dim", "unflattened_size"),
+    **{cls: ("padding",) for cls in (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)},
+    **{cls: ("padding", "value") for cls in (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)},
+    **{cls: ("padding",) for cls in (nn.ReflectionPad2d, nn.ReplicationPad2d)},
+    nn.Upsample: ("size", "scale_factor", "mode", "align_corners"),
+    nn.PixelShuffle: ("upscale_factor",),
+    nn.PixelUnshuffle: ("downscale_factor",),
+    nn.ChannelShuffle: ("groups",),
+    Affine: ("channels",),
+}
+"""Layer type -> the attributes that rebuild it (its constructor's keywords); weights travel apart."""
+
+MAX_POOLS: dict[type[nn.Module], tuple[str, ...]] = {
+    **{cls: ("kernel_size", "stride", "padding", "dilation", "ceil_mode") for cls in (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)},
+    **{cls: ("output_size",) for cls in (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)},
+}
+
+NO_OPERATION_LAYERS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+"""Layers that do nothing in evaluation mode."""
+
+
+@dataclass(frozen=True)
+class Function:
+    """One operator without weights: its name in files, what runs, and every spelling that means the same.
+
+    A string among `spellings` is a tensor method's name.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    spellings: tuple[Any, ...] = ()
+
+
+def _functions() -> tuple[Function, ...]:
+    def same(name: str, *more: Any) -> Function:
+        return Function(name, getattr(torch, name), (getattr(torch, name), name, *more))
+
+    pools = [(f"{kind}avg_pool{n}d", getattr(F, f"{kind}avg_pool{n}d")) for n in (1, 2, 3) for kind in ("", "adaptive_")]
+    pools_of_torch = {"avg_pool1d": torch.avg_pool1d, "adaptive_avg_pool1d": torch.adaptive_avg_pool1d}
+    convolutions = [(f"{kind}{n}d", getattr(F, f"{kind}{n}d")) for n in (1, 2, 3) for kind in ("conv", "conv_transpose")]
+    return (
+        Function("add", operator.add, (operator.add, operator.iadd, torch.add, "add", "add_")),
+        Function("sub", operator.sub, (operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_")),
+        Function("mul", operator.mul, (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_")),
+        Function("div", operator.truediv, (operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_")),
+        Function("floordiv", operator.floordiv, (operator.floordiv,)),
+        Function("neg", operator.neg, (operator.neg, torch.neg, "neg")),
+        Function("getitem", operator.getitem, (operator.getitem,)),
+        Function("shape", shape),
+        Function("cat", torch.cat, (torch.cat, torch.concat, torch.concatenate)),
+        Function("pad", F.pad, (F.pad,)),
+        Function("reshape", torch.reshape, (torch.reshape, "reshape", "view")),
+        Function("linear", F.linear, (F.linear,)),
+        Function("interpolate", F.interpolate, (F.interpolate,)),
+        Function("pixel_shuffle", F.pixel_shuffle, (F.pixel_shuffle, torch.pixel_shuffle)),
+        same("flatten"),
+        same("permute"),
+        same("transpose"),
+        same("mean"),
+        same("sum"),
+        same("chunk"),
+        same("split"),
+        same("squeeze"),
+        same("unsqueeze"),
+        same("narrow"),
+        *(Function(name, run, (run, pools_of_torch.get(name, run))) for name, run in pools),
+        *(Function(name, run, (run, getattr(torch, name))) for name, run in convolutions),
+    )
+
+
+FUNCTIONS: dict[str, Function] = {function.name: function for function in _functions()}
+
+SPELLINGS: dict[Any, Function] = {spelling: function for function in FUNCTIONS.values() for spelling in function.spellings}
+
+FUNCTION_NAMES: dict[Any, str] = {function.run: function.name for function in FUNCTIONS.values()}
+
+NO_OPERATIONS = ("contiguous", "clone", "detach", torch.clone, torch.detach)
+"""Functions and methods that change nothing in inference."""
+
+DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+"""Nothing in inference, but only if called with training=False: their default is to stay active."""
+
+MAX_POOL_FUNCTIONS: dict[Any, type[nn.Module]] = {
+    F.max_pool1d: nn.MaxPool1d,
+    F.max_pool2d: nn.MaxPool2d,
+    F.max_pool3d: nn.MaxPool3d,
+    torch.max_pool1d: nn.MaxPool1d,
+    torch.max_pool2d: nn.MaxPool2d,
+    torch.max_pool3d: nn.MaxPool3d,
+    F.adaptive_max_pool1d: nn.AdaptiveMaxPool1d,
+    F.adaptive_max_pool2d: nn.AdaptiveMaxPool2d,
+    F.adaptive_max_pool3d: nn.AdaptiveMaxPool3d,
+}
+
+
+def layer_arguments(layer: nn.Module) -> dict[str, Any]:
+    """The constructor keywords that rebuild a listed layer without its weights.
+
+    Raises:
+        KeyError: the layer's exact type is not listed (a subclass may compute something else).
+    """
+    names = (LAYERS | MAX_POOLS)[type(layer)]
+    arguments = {name: getattr(layer, name) for name in names}
+    if type(layer) is nn.Linear or any(name == "in_channels" for name in names):
+        arguments["bias"] = layer.bias is not None
+    return arguments

@@ -1,0 +1,98 @@
+"""Options of a method: declared once, read by validation, the command line, the docs and the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from typing import Any
+
+from quickspike.errors import OptionError
+
+_KEY = "quickspike.option"
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What is known of one option besides its type and default."""
+
+    help: str
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+    low_open: bool = False
+    """True: `low` itself is not allowed."""
+
+    def range_text(self) -> str:
+        """The allowed interval in words, "" if any value goes."""
+        if self.low is None and self.high is None:
+            return ""
+        if self.high is None:
+            return f"{'>' if self.low_open else '>='} {self.low:g}"
+        if self.low is None:
+            return f"<= {self.high:g}"
+        return f"{'(' if self.low_open else '['}{self.low:g}, {self.high:g}]"
+
+    def describe(self) -> str:
+        """Help, unit and range in one line, for `--help` and the docs."""
+        unit = "" if not self.unit else f"unit: {self.unit}"
+        interval = f"range: {self.range_text()}" if self.range_text() else ""
+        notes = "; ".join(note for note in (unit, interval) if note)
+        return f"{self.help} [{notes}]" if notes else self.help
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    low_open: bool = False,
+) -> Any:
+    """A dataclass field with its documentation and range.
+
+    Choices come from a `Literal` annotation, so that the type checker knows them too.
+    """
+    return dataclasses.field(default=default, metadata={_KEY: Option(help, unit, low, high, low_open)})
+
+
+def options_of(owner: Any) -> dict[str, tuple[Option, Any, Any]]:
+    """Name -> (Option, resolved type, default) for a dataclass type or instance."""
+    cls = owner if isinstance(owner, type) else type(owner)
+    hints = typing.get_type_hints(cls)
+    fields = (field for field in dataclasses.fields(cls) if _KEY in field.metadata)
+    return {field.name: (field.metadata[_KEY], hints[field.name], field.default) for field in fields}
+
+
+def validate(owner: Any) -> None:
+    """Check every option of a dataclass instance.
+
+    Raises:
+        OptionError: a value has the wrong type, is not finite, or lies outside its range or choices.
+    """
+    for name, (declared, kind, _) in options_of(owner).items():
+        value = getattr(owner, name)
+        rule = _broken_rule(value, kind, declared)
+        if rule:
+            raise OptionError(f"{getattr(owner, 'name', type(owner).__name__)}: {name} must be {rule}, got {value!r}")
+
+
+def _broken_rule(value: Any, kind: Any, declared: Option) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        choices = typing.get_args(kind)
+        # A bool equals 0 or 1, so membership alone would let True pass for the choice 1.
+        known = any(type(value) is type(choice) and value == choice for choice in choices)
+        return "" if known else f"one of {', '.join(map(repr, choices))}"
+    if kind is bool:
+        return "" if isinstance(value, bool) else "True or False"
+    if kind is int and (not isinstance(value, int) or isinstance(value, bool)):
+        return "a whole number"
+    if kind is float and (not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value)):
+        return "a finite number"
+    if kind in (int, float):
+        low, high = declared.low, declared.high
+        below = low is not None and (value <= low if declared.low_open else value < low)
+        if below or (high is not None and value > high):
+            return f"in range {declared.range_text()}" + (f" {declared.unit}" if declared.unit else "")
+    return ""

@@ -1,0 +1,114 @@
+"""What people look at: tables for the terminal and a picture of accuracy against time steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from quickspike.coverage import MEANING, Coverage
+from quickspike.evaluation import Report
+from quickspike.files import whole_file
+from quickspike.method import Method
+from quickspike.options import options_of
+
+
+def accuracy_table(reports: Mapping[str, Report]) -> Table:
+    """One row per network, one column per number of steps, the source network's accuracy last."""
+    first = next(iter(reports.values()))
+    table = Table(title=f"accuracy in % on {first.samples} images, after T steps")
+    table.add_column("method")
+    for step in first.steps:
+        table.add_column(f"T = {step}", justify="right")
+    table.add_column("source network", justify="right")
+    for name, report in reports.items():
+        cells = [f"{report.accuracy[step]:.2f}" for step in report.steps]
+        table.add_row(name, *cells, _percent(report.reference_accuracy))
+    return table
+
+
+def report_tables(report: Report) -> RenderableType:
+    """Accuracy, agreement with the source network, and firing rate of every site."""
+    parts: list[RenderableType] = [accuracy_table({str(report.method.get("name")): report})]
+    if report.agreement:
+        shares = ", ".join(f"T = {step}: {share:.2f} %" for step, share in report.agreement.items())
+        parts.append(Text(f"same class as the source network: {shares}"))
+    table = Table(title="spikes per neuron and step")
+    table.add_column("site")
+    table.add_column("rate", justify="right")
+    for site, rate in report.rates.items():
+        table.add_row(site, f"{rate:.4f}")
+    return Group(*parts, table)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def coverage_tables(coverage: Coverage) -> RenderableType:
+    """Every operator of the network and what becomes of it, then the counts and what to do about refusals."""
+    table = Table(title=coverage.network)
+    for heading in ("call", "operator", "becomes", "line"):
+        table.add_column(heading, overflow="fold")
+    styles = {"neuron": "green", "unsupported": "red", "analog": "yellow"}
+    for finding in coverage.findings:
+        becomes = Text(finding.status, style=styles.get(finding.status, ""))
+        table.add_row(Text(finding.name), finding.operator, becomes, Text(finding.source))
+    return Group(table, Text(str(coverage)), Text(f"({'; '.join(f'{key}: {value}' for key, value in MEANING.items())})", style="dim"))
+
+
+def method_table(methods: Mapping[str, type[Method]]) -> Table:
+    """All methods with their papers."""
+    table = Table(title="conversion methods")
+    for heading in ("name", "what it does", "paper"):
+        table.add_column(heading, overflow="fold")
+    for name, cls in methods.items():
+        table.add_row(name, Text(summary(cls)), Text(str(cls.paper)))
+    return table
+
+
+def option_table(cls: type[Method]) -> RenderableType:
+    """All options of one method: default, unit, range, meaning."""
+    table = Table(title=f"options of {cls.name}")
+    for heading in ("option", "default", "unit", "range or choices", "meaning"):
+        table.add_column(heading, overflow="fold")
+    for name, (declared, kind, default) in options_of(cls).items():
+        choices = ", ".join(map(str, getattr(kind, "__args__", ())))
+        table.add_row(name, Text(str(default)), Text(declared.unit), Text(declared.range_text() or choices), Text(declared.help))
+    doc = "\n".join(line.strip() for line in (cls.__doc__ or "").splitlines())
+    return Group(Text(str(cls.paper)), Text(""), Text(doc.strip()), Text(""), table)
+
+
+def summary(cls: type[Method]) -> str:
+    """First sentence of a method's docstring."""
+    return (cls.__doc__ or "").strip().splitlines()[0]
+
+
+def plot_accuracy(reports: Mapping[str, Report], path: str | Path) -> None:
+    """Draw accuracy against T, one line per network, the source network dashed.
+
+    Raises:
+        OutputError: the picture cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, report in reports.items():
+        axes.plot(report.steps, [report.accuracy[step] for step in report.steps], marker="o", label=name)
+    first = next(iter(reports.values()))
+    if first.reference_accuracy is not None:
+        axes.axhline(first.reference_accuracy, linestyle="--", color="0.4", label=f"source network, {first.reference_accuracy:.2f} %")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(first.steps, [str(step) for step in first.steps])
+    axes.set_xlabel("time steps T")
+    axes.set_ylabel(f"accuracy in % ({first.samples} images)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150, metadata={"Software": "quickspike"})

@@ -1,0 +1,103 @@
+"""Exact rewritings of a canonical graph: batch norm folded, max-pooling moved in front of the activation."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from quickspike.capture import Sizes
+from quickspike.classify import BATCH_NORMS, activate
+from quickspike.operators import MAX_POOLS, Affine
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def _layer(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def fold_batch_norm(module: fx.GraphModule, sizes: Sizes) -> None:
+    """Merge each batch norm into the layer before it; where there is none, it becomes an affine map.
+
+    Time is folded into the batch later, so a batch norm that still took batch statistics would mix time steps.
+    """
+    calls: dict[str, int] = {}
+    for node in module.graph.nodes:
+        if node.op == "call_module":
+            calls[str(node.target)] = calls.get(str(node.target), 0) + 1
+    for node in list(module.graph.nodes):
+        norm = _layer(module, node)
+        if not isinstance(norm, BATCH_NORMS):
+            continue
+        before = node.args[0]
+        fused = _fused(module, before, norm, sizes) if calls.get(str(before.target)) == 1 == calls[str(node.target)] else None
+        if fused is None or len(before.users) > 1:
+            module.set_submodule(str(node.target), _affine(norm))
+            continue
+        module.set_submodule(str(before.target), fused)
+        node.replace_all_uses_with(before)
+        module.graph.erase_node(node)
+    module.recompile()
+
+
+def _fused(module: fx.GraphModule, before: fx.Node, norm: nn.Module, sizes: Sizes) -> nn.Module | None:
+    layer = _layer(module, before)
+    if type(layer) in _CONVOLUTIONS or (type(layer) in _TRANSPOSED and layer.groups == 1):
+        return fuse_conv_bn_eval(layer, norm, transpose=type(layer) in _TRANSPOSED)
+    if type(layer) is nn.Linear and len(sizes.shapes[before.name]) == 2:
+        return fuse_linear_bn_eval(layer, norm)
+    return None
+
+
+def _affine(norm: nn.Module) -> Affine:
+    """gamma (x - mean) / sqrt(var + eps) + beta as one multiplication and one addition."""
+    mean, var = norm.running_mean, norm.running_var
+    assert isinstance(mean, torch.Tensor) and isinstance(var, torch.Tensor)  # noqa: S101 - classify() refused the rest
+    gamma = norm.weight if isinstance(norm.weight, torch.Tensor) else torch.ones_like(mean)
+    beta = norm.bias if isinstance(norm.bias, torch.Tensor) else torch.zeros_like(mean)
+    affine = Affine(mean.numel()).to(mean)
+    with torch.no_grad():
+        affine.weight.copy_(gamma * torch.rsqrt(var + norm.eps))
+        affine.bias.copy_(beta - mean * affine.weight)
+    return affine.requires_grad_(False)
+
+
+def move_max_pools(module: fx.GraphModule) -> None:
+    """maxpool(relu(z)) becomes relu(maxpool(z)), through concatenation too.
+
+    Exact because max commutes with every non-decreasing function. An activation that others read as well keeps its
+    place and gets a twin behind the pool. A pool whose input is no activation stays where it is.
+    """
+    for node in list(module.graph.nodes):
+        if type(_layer(module, node)) in MAX_POOLS:
+            moved = _pulled(module.graph, node, node.args[0])
+            if moved is not None:
+                node.replace_all_uses_with(moved)
+                module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _pulled(graph: fx.Graph, pool: fx.Node, signal: fx.Node) -> fx.Node | None:
+    """pool(signal) with the pool in front of the activations that `signal` consists of; None if there are none."""
+    if signal.target is activate:
+        with graph.inserting_before(pool):
+            pooled = graph.call_module(str(pool.target), (signal.args[0],))
+            moved = graph.call_function(activate, (pooled,))
+        moved.meta.update(signal.meta)
+        return moved
+    if signal.target is torch.cat and _axis(signal) == 1:
+        parts = [_pulled(graph, pool, part) for part in signal.args[0]]
+        if all(part is None for part in parts):
+            return None
+        with graph.inserting_before(pool):
+            pairs = zip(parts, signal.args[0], strict=True)
+            pooled_parts = [part if part is not None else graph.call_module(str(pool.target), (old,)) for part, old in pairs]
+            return graph.call_function(torch.cat, (pooled_parts, 1))
+    return None
+
+
+def _axis(cat: fx.Node) -> object:
+    return cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", cat.kwargs.get("axis", 0))

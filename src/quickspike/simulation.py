@@ -1,0 +1,93 @@
+"""Run a spiking network and look inside: layer by layer with time folded into the batch, or step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from quickspike.conversion import SpikingNetwork, readout
+from quickspike.neuron import Neuron, Timed
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one simulation gave."""
+
+    logits: Tensor
+    """Readout after each step, `[T, B, K]`: the mean of the outputs up to and including that step."""
+    spikes: Mapping[str, Tensor]
+    """Number of spikes of every neuron in T steps, by site, `[B, ...]`."""
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return len(self.logits)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Mean spikes per neuron and step, by site, in [0, 1]."""
+        return {site: float(counts.double().mean()) / self.steps for site, counts in self.spikes.items()}
+
+
+def simulate(snn: SpikingNetwork, images: Tensor, *, step_by_step: bool = False) -> Run:
+    """Present `images` for T steps.
+
+    Args:
+        snn: the network.
+        images: `[B, ...]`, the same at every step (direct coding).
+        step_by_step: run the whole graph once per step with explicit states, the way hardware would. Slow, and gives
+            the same numbers as the default, which runs each layer once with time folded into the batch.
+
+    Raises:
+        DataError: the images do not fit the network.
+    """
+    snn.check_input(images)
+    return _step_by_step(snn, images) if step_by_step else _layer_by_layer(snn, images)
+
+
+class _LayerByLayer(fx.Interpreter):
+    def __init__(self, snn: SpikingNetwork) -> None:
+        super().__init__(snn.network)
+        self.steps = snn.steps
+        self.spikes: dict[str, Tensor] = {}
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        out = super().call_module(target, args, kwargs)
+        if isinstance(self.fetch_attr(target), Neuron):
+            self.spikes[target] = out.detach().unflatten(0, (self.steps, -1)).ne(0).sum(0)
+        return out
+
+
+def _layer_by_layer(snn: SpikingNetwork, images: Tensor) -> Run:
+    interpreter = _LayerByLayer(snn)
+    outputs = interpreter.run(images).unflatten(0, (snn.steps, -1))
+    return Run(readout(outputs), interpreter.spikes)
+
+
+class _OneStep(fx.Interpreter):
+    """The graph for one step; the states of its timed layers outlive the call."""
+
+    def __init__(self, snn: SpikingNetwork) -> None:
+        super().__init__(snn.network)
+        self.states: dict[str, Any] = {}
+        self.spikes: dict[str, Tensor] = {}
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        layer = self.fetch_attr(target)
+        if not isinstance(layer, Timed):
+            return super().call_module(target, args, kwargs)
+        # Every timed layer is called by exactly one node, so that its name can key its state.
+        out, self.states[target] = layer.step(*args, self.states.get(target))
+        if isinstance(layer, Neuron):
+            self.spikes[target] = self.spikes.get(target, 0) + out.detach().ne(0).long()
+        return out
+
+
+def _step_by_step(snn: SpikingNetwork, images: Tensor) -> Run:
+    interpreter = _OneStep(snn)
+    outputs = torch.stack([interpreter.run(images) for _ in range(snn.steps)])
+    return Run(readout(outputs), interpreter.spikes)
