@@ -85,16 +85,21 @@ class StreamingHistogram:
 
         The staircase is what a neuron with v(0) = initial * theta gives for the constant input z in T steps,
         theta/T * clip(floor(T z/theta + initial), 0, T). Candidates are `CANDIDATES` equal shares of the largest value.
+
+        With edges e_k = (k - initial) theta/T at which the count n(z) reaches k = 1..T, the sums over all values are
+        sum z n = sum_k sum_{z >= e_k} z and sum n^2 = sum_k (2k - 1) #{z >= e_k}, so that tails of the histogram
+        suffice and the cost does not depend on the number of bins.
         """
-        centres, weights = self.centres(), self.counts.double()
+        level = torch.arange(1, steps + 1, dtype=torch.float64)
         best = torch.zeros_like(self.maximum)
         least = torch.full_like(best, torch.inf)
+        tails = self._tails()
         for share in torch.arange(CANDIDATES, 0, -1, dtype=torch.float64) / CANDIDATES:
-            theta = (share * self.maximum)[:, None]
-            count = torch.floor(steps * centres / theta.clamp_min(1e-300) + initial).clamp_(0, steps)
-            error = (weights * (centres - count * theta / steps).square()).sum(1)
+            height = share * self.maximum / steps
+            number, total = self._beyond((level - initial) * height[:, None], tails)
+            error = height * (height * ((2 * level - 1) * number).sum(1) - 2 * total.sum(1))
             better = error < least
-            best, least = torch.where(better, theta[:, 0], best), torch.where(better, error, least)
+            best, least = torch.where(better, share * self.maximum, best), torch.where(better, error, least)
         return best
 
     def balanced_ceiling(self, updates: int, rate: float) -> Tensor:
@@ -102,11 +107,30 @@ class StreamingHistogram:
 
         theta <- theta + rate * mean(2 (z - theta) 1[z > theta])  (Bu et al. 2025, arXiv 2409.03368, section 4).
         """
-        centres, share = self.centres(), self.counts.double() / self.total.clamp_min(1)[:, None]
         theta = torch.zeros_like(self.maximum)
+        samples = self.total.clamp_min(1)
+        tails = self._tails()
         for _ in range(updates):
-            theta = theta + rate * 2 * (share * (centres - theta[:, None]).clamp_min(0)).sum(1)
+            number, total = self._beyond(theta[:, None], tails)
+            theta = theta + rate * 2 * ((total - theta[:, None] * number)[:, 0] / samples)
         return torch.minimum(theta, self.maximum)
+
+    def _tails(self) -> tuple[Tensor, Tensor]:
+        """Number and sum of the values in bin i and all above it, `[C, bins + 1]`, float64."""
+        number = self.counts.double()
+        return _tail(number), _tail(number * self.centres())
+
+    def _beyond(self, edges: Tensor, tails: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Number and sum of the values whose bin centre is at least the edge; edges `[C, K]`, results `[C, K]`."""
+        width = (self.limit / self.bins).clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+        first = torch.ceil(edges / width - 0.5).clamp(0, self.bins).long()
+        return tails[0].gather(1, first), tails[1].gather(1, first)
+
+
+def _tail(values: Tensor) -> Tensor:
+    """Sum of entry i and all after it, one column more than `values` for the empty tail."""
+    before = torch.nn.functional.pad(values.cumsum(1), (1, 0))
+    return before[:, -1:] - before
 
 
 class CeilingProbe(nn.Module):
@@ -143,6 +167,17 @@ class CeilingProbe(nn.Module):
             largest = 1.0
         ceiling = ceiling.clamp_min(SMALLEST_SHARE * largest)
         return self.site.per_channel(ceiling.float()) if self.granularity == "channel" else ceiling.float().reshape(())
+
+
+def probe_at(site: Site, activation: nn.Module) -> CeilingProbe:
+    """The probe that a method put at `site`.
+
+    Raises:
+        ConversionError: something else stands there.
+    """
+    if not isinstance(activation, CeilingProbe):
+        raise ConversionError(f"site {site.name}: expected a CeilingProbe, found {type(activation).__name__}")
+    return activation
 
 
 class ClippedReLU(nn.Module):

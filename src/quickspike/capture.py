@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from quickspike.errors import DataError, TraceError
 
-_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_OWN = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}")
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<where>\S+)\n\s*(?P<text>[^\n]*)')
 
 
@@ -200,11 +201,16 @@ class Sizes:
     """(node name, reason) of the first node that cannot run on other batch sizes."""
 
 
-class _Recorder(fx.Interpreter):
+class Recorder(fx.Interpreter):
+    """Runs a graph and keeps the size of every value."""
+
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.values: dict[str, Any] = {}
+        """By node name: the shape of a tensor as a tuple, a number, or a list of these for a sequence."""
+        self.result = torch.empty(0)
         self.failed: tuple[str, str] | None = None
+        """(node name, reason) of a node that could not run."""
 
     def run_node(self, n: fx.Node) -> Any:
         try:
@@ -214,6 +220,18 @@ class _Recorder(fx.Interpreter):
             raise
         self.values[n.name] = _describe(value)
         return value
+
+
+def run_recorded(module: fx.GraphModule, images: Tensor) -> Recorder:
+    """Run the graph on `images` without gradients; a node that fails ends the run and is named in `failed`."""
+    recorder = Recorder(module)
+    try:
+        with torch.no_grad():
+            recorder.result = recorder.run(images)
+    except Exception:
+        if recorder.failed is None:
+            raise
+    return recorder
 
 
 def _describe(value: Any) -> Any:
@@ -226,17 +244,7 @@ def _describe(value: Any) -> Any:
 
 def measure(module: fx.GraphModule, example: Tensor) -> Sizes:
     """Run the graph on two batch sizes and tell which values follow the batch axis."""
-    runs = []
-    for batch in (2, 3):
-        recorder = _Recorder(module)
-        try:
-            with torch.no_grad():
-                recorder.run(example[:1].repeat(batch, *(1,) * (example.ndim - 1)))
-        except Exception:
-            if recorder.failed is None:
-                raise
-        runs.append(recorder)
-    two, three = runs
+    two, three = (run_recorded(module, example[:1].repeat(batch, *(1,) * (example.ndim - 1))) for batch in (2, 3))
     kinds: dict[str, Kind] = {}
     for node in module.graph.nodes:
         known = node.name in two.values and node.name in three.values

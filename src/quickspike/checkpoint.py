@@ -210,7 +210,9 @@ def _layer_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor], ste
     kind, arguments = data["type"], data["arguments"]
     if kind == "Neuron":
         surrogate = Surrogate(**arguments["surrogate"])
-        parameters = NeuronParameters(**_exactly(tensors, _NEURON_TENSORS, name), scaled=_flag(arguments, "scaled"), strict=_flag(arguments, "strict"))
+        parameters = NeuronParameters(
+            **_exactly(tensors, _NEURON_TENSORS, name), scaled=_flag(arguments, "scaled"), strict=_flag(arguments, "strict")
+        )
         return Neuron(parameters, steps, _flag(arguments, "constant_input"), surrogate)
     if kind == "Repeat":
         return Repeat(steps)

@@ -28,7 +28,19 @@ from quickspike.operators import (
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
-CLAMPS = (torch.clamp, torch.clamp_, torch.clip, torch.clip_, "clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_", torch.clamp_min)
+CLAMPS = (
+    torch.clamp,
+    torch.clamp_,
+    torch.clip,
+    torch.clip_,
+    "clamp",
+    "clamp_",
+    "clip",
+    "clip_",
+    "clamp_min",
+    "clamp_min_",
+    torch.clamp_min,
+)
 HARDTANHS = (F.hardtanh, F.hardtanh_)
 
 
@@ -53,9 +65,15 @@ class Verdict:
 DEFAULT_WAY_OUT = "replace it by a supported operator (docs/operators.md) and fine-tune, or convert only the part that has none"
 WAYS_OUT: tuple[tuple[tuple[str, ...], str], ...] = (
     (("softmax", "sigmoid", "logsoftmax"), "at the output: return the logits, the readout averages them; elsewhere: use a ReLU network"),
-    (("gelu", "silu", "swish", "mish", "elu", "prelu", "leaky", "tanh", "softplus"), "replace it by nn.ReLU and fine-tune before converting"),
+    (
+        ("gelu", "silu", "swish", "mish", "elu", "prelu", "leaky", "tanh", "softplus"),
+        "replace it by nn.ReLU and fine-tune before converting",
+    ),
     (("layernorm", "layer_norm", "groupnorm", "group_norm", "instancenorm"), "train with batch norm, which folds into the weights"),
-    (("attention", "matmul", "bmm", "einsum", "scaled_dot"), "products of two signals have no spiking form here; use a convolutional network"),
+    (
+        ("attention", "matmul", "bmm", "einsum", "scaled_dot"),
+        "products of two signals have no spiking form here; use a convolutional network",
+    ),
 )
 
 
@@ -82,7 +100,9 @@ def classify(module: fx.GraphModule, sizes: Sizes, network: str) -> Coverage:
 
 
 def _is_size(node: fx.Node, sizes: Sizes) -> bool:
-    return (node.op, node.target) == ("call_method", "size") or (node.target is getattr and node.args[1] == "shape")
+    if node.op == "call_method":
+        return node.target == "size"
+    return node.target is getattr and bool(node.args[1] == "shape")
 
 
 def _name(node: fx.Node) -> str:
@@ -184,12 +204,11 @@ class _Classifier:
         return refuse(name, f"{name}() has no exact spiking form")
 
     def _clamp(self, node: fx.Node, name: str) -> Verdict:
-        if node.target in HARDTANHS:
-            defaults = {"min_val": -1.0, "max_val": 1.0}
-            keys = ("min_val", "max_val")
-        else:
-            defaults, keys = {"min": None, "max": None}, ("min", "max")
-        bounds: dict[str, Any] = defaults | dict(zip(keys, node.args[1:], strict=False)) | {k: v for k, v in node.kwargs.items() if k in keys}
+        defaults: dict[str, Any] = {"min_val": -1.0, "max_val": 1.0} if node.target in HARDTANHS else {"min": None, "max": None}
+        keys = tuple(defaults)
+        bounds: dict[str, Any] = (
+            defaults | dict(zip(keys, node.args[1:], strict=False)) | {k: v for k, v in node.kwargs.items() if k in keys}
+        )
         low, high = bounds[keys[0]], bounds[keys[1]]
         numbers = isinstance(low, (int, float)) and (high is None or isinstance(high, (int, float)))
         if not numbers or low != 0 or (high is not None and not 0 < high < math.inf):
@@ -205,9 +224,7 @@ class _Classifier:
 
     def _max_pool_call(self, node: fx.Node) -> Verdict:
         cls = MAX_POOL_FUNCTIONS[node.target]
-        keys = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-        if issubclass(cls, (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)):
-            keys = ("output_size",)
+        keys = MAX_POOLS[cls]
         arguments = {**dict(zip(keys, node.args[1:], strict=False)), **node.kwargs}
         if arguments.pop("return_indices", False):
             return refuse("max_pool", "max-pooling that returns indices has no spiking form", "use average pooling")
@@ -282,8 +299,9 @@ class _Classifier:
     def _replace(self, node: fx.Node, make: Callable[[], fx.Node]) -> None:
         with self.graph.inserting_before(node):
             new = make()
-        kept = {key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta}
-        new.meta.update(kept)
+        for key in ("stack_trace", "nn_module_stack"):
+            if key in node.meta:
+                new.meta[key] = node.meta[key]
         node.replace_all_uses_with(new)
         self.graph.erase_node(node)
 

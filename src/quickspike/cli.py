@@ -40,13 +40,15 @@ Device = Annotated[str, Help(metavar="NAME", help="auto, cpu, cuda, mps, ...")]
 class DataOptions:
     """Which images, and how pixels become the network's input."""
 
-    data: Annotated[
-        str, Help(metavar="NAME", help="digits, mnist, fashion-mnist, cifar10, cifar100, imagefolder:PATH, or npz:PATH")
-    ]
-    data_dir: Annotated[Path | None, Help(metavar="DIR", help="folder of torchvision's files (mnist, fashion-mnist, cifar10, cifar100)")] = None
+    data: Annotated[str, Help(metavar="NAME", help="digits, mnist, fashion-mnist, cifar10, cifar100, imagefolder:PATH, or npz:PATH")]
+    data_dir: Annotated[
+        Path | None, Help(metavar="DIR", help="folder of torchvision's files (mnist, fashion-mnist, cifar10, cifar100)")
+    ] = None
     mean: Annotated[
         tuple[float, ...] | None,
-        Help(metavar="M", help="mean per channel of pixel/255 that the network was trained with [default: the data set's own, 0.5 for npz]"),
+        Help(
+            metavar="M", help="mean per channel of pixel/255 that the network was trained with [default: the data set's own, 0.5 for npz]"
+        ),
     ] = None
     std: Annotated[tuple[float, ...] | None, Help(metavar="S", help="likewise, standard deviation")] = None
     download: Annotated[bool, Help(help="let torchvision fetch missing files")] = False
@@ -102,7 +104,13 @@ def _method_json(cls: type[Method], summary: str) -> dict[str, Any]:
     from quickspike.options import options_of
 
     options = {
-        key: {"default": default, "unit": declared.unit, "range": declared.range_text(), "choices": list(getattr(kind, "__args__", ())), "help": declared.help}
+        key: {
+            "default": default,
+            "unit": declared.unit,
+            "range": declared.range_text(),
+            "choices": list(getattr(kind, "__args__", ())),
+            "help": declared.help,
+        }
         for key, (declared, kind, default) in options_of(cls).items()
     }
     return {"name": cls.name, "summary": summary, "paper": str(cls.paper), "options": options}
@@ -110,7 +118,11 @@ def _method_json(cls: type[Method], summary: str) -> dict[str, Any]:
 
 def inspect(
     model: ModelName,
-    input: Annotated[tuple[int, ...], Help(metavar="N", help="shape of one sample, for example 3 224 224 [default: 3 224 224]")] = (3, 224, 224),
+    input: Annotated[tuple[int, ...], Help(metavar="N", help="shape of one sample, for example 3 224 224 [default: 3 224 224]")] = (
+        3,
+        224,
+        224,
+    ),
     weights: Weights = None,
     json: Json = False,
 ) -> None:
@@ -144,7 +156,9 @@ def _convert_command(method: type[Method]) -> Callable[..., None]:
             str, Help(metavar="NAME", help="conversion method, see `quickspike methods`; the options shown are this method's")
         ] = DEFAULT_METHOD,
         weights: Weights = None,
-        calibration_images: Annotated[int, Help(metavar="N", help="first N training images, without labels [unit: images; range: >= 1]")] = 1000,
+        calibration_images: Annotated[
+            int, Help(metavar="N", help="first N training images, without labels [unit: images; range: >= 1]")
+        ] = 1000,
         json: Json = False,
     ) -> None:
         """Convert a trained network with calibration images and save the spiking one."""
@@ -203,7 +217,8 @@ def evaluate(
     network: Annotated[Path, tyro.conf.Positional, Help(metavar="NETWORK", help="a spiking network that `convert` saved")],
     data: DataArguments,
     steps: Annotated[
-        tuple[int, ...] | None, Help(metavar="T", help="numbers of steps to read out after [unit: steps; range: >= 1; default: 1 2 4 ... T]")
+        tuple[int, ...] | None,
+        Help(metavar="T", help="numbers of steps to read out after [unit: steps; range: >= 1; default: 1 2 4 ... T]"),
     ] = None,
     reference: Annotated[str | None, Help(metavar="MODEL", help="the source network, to compare with")] = None,
     weights: Weights = None,
@@ -260,7 +275,14 @@ def _track(items: Iterable[Any], what: str) -> Iterable[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
 
     def tracked() -> Iterable[Any]:
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:

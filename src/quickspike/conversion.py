@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from quickspike.errors import ConversionError, DataError, OptionError
 from quickspike.graph import Site, Traced, swap
 from quickspike.method import Method
-from quickspike.neuron import AccumulatedMaxPool, Neuron, Repeat, Surrogate, Timed
+from quickspike.neuron import AccumulatedMaxPool, Neuron, Repeat, Surrogate, Timed, unfold
 from quickspike.operators import MAX_POOLS, shape
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ class SpikingNetwork(nn.Module):
     def outputs(self, images: Tensor) -> Tensor:
         """What the last layer gives at each step on its own, `[T, B, K]`."""
         self.check_input(images)
-        folded: Tensor = self.network(images)
-        return folded.unflatten(0, (self.steps, -1))
+        return unfold(self.network(images), self.steps)
 
     def run(self, images: Tensor) -> Run:
         """Logits after every step and the spikes of every site. See `quickspike.simulation`."""
@@ -133,7 +132,7 @@ def to_spiking(ann: Traced, method: Method, provenance: Mapping[str, Any], surro
     Raises:
         ConversionError: no path from input to output passes a neuron.
     """
-    module = copy.deepcopy(ann.module)
+    module = ann.copy_module()
     signals: dict[fx.Node, Signal] = {}
     names = {site.name: site for site in ann.sites}
     for node in list(module.graph.nodes):

@@ -42,7 +42,7 @@ def labelled_batches(source: Batches) -> Iterator[tuple[Tensor, Tensor | None]]:
         DataError: an element is neither a tensor, a (tensor, labels) pair nor a dict with a known key.
     """
     if isinstance(source, Tensor):
-        source = source.split(BATCH)
+        source = torch.split(source, BATCH)
     try:
         iterator = iter(source)
     except TypeError:
@@ -141,7 +141,7 @@ STATISTICS = {
     "fashion-mnist": Statistics((0.2860,), (0.3530,)),
     "cifar10": Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": Statistics((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "digits": Statistics((0.3053,), (0.3769,)),
+    "digits": Statistics((0.3053,), (0.3758,)),
     "imagefolder": IMAGENET,
 }
 NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imagefolder:PATH", "npz:PATH")
@@ -202,7 +202,7 @@ class DataSet:
     statistics: Statistics
     class_names: tuple[str, ...] = ()
 
-    def loader(self, split: str, batch_size: int = BATCH, limit: int | None = None) -> DataLoader[tuple[Tensor, Tensor]]:
+    def loader(self, split: str, batch_size: int = BATCH, limit: int | None = None) -> DataLoader[Any]:
         """Batches of a split ("train" or "test") in their stored order, the first `limit` images if given."""
         images: Dataset[tuple[Tensor, int]] = {"train": self.train, "test": self.test}[split]
         if limit is not None:
@@ -213,9 +213,7 @@ class DataSet:
         return DataLoader(images, batch_size=batch_size)
 
 
-def load_data(
-    name: str, data_dir: str | Path | None = None, statistics: Statistics | None = None, download: bool = False
-) -> DataSet:
+def load_data(name: str, data_dir: str | Path | None = None, statistics: Statistics | None = None, download: bool = False) -> DataSet:
     """A data set by its name on the command line.
 
     Args:

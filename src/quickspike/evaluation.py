@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -89,7 +88,8 @@ def evaluate(
         reference: the source network, for its accuracy and the agreement with it; not modified.
         steps: numbers of steps to report, by default 1, 2, 4, ... up to the network's own T. More than T is allowed:
             the network then runs longer than its thresholds were fitted for.
-        device, precision: see `make_fabric`.
+        device: see `make_fabric`.
+        precision: see `make_fabric`.
 
     Raises:
         DataError: no labels, labels out of range, no images, or images that do not fit.
@@ -97,7 +97,8 @@ def evaluate(
     """
     chosen = _steps(steps, snn.steps)
     fabric = make_fabric(device, precision)
-    network = fabric.to_device(copy.deepcopy(snn) if chosen[-1] <= snn.steps else snn.with_steps(chosen[-1]))
+    network = snn.with_steps(chosen[-1])
+    fabric.to_device(network)
     source = None if reference is None else fabric.to_device(copy_of(reference))
     tally = _Tally(chosen, network, source)
     started = time.perf_counter()
@@ -140,7 +141,7 @@ class _Tally:
         self.spikes: dict[str, int] = {}
         self.neurons: dict[str, int] = {}
         if len(network.input_shape) == 3:
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(memory_format=torch.channels_last)
 
     def add(self, images: Tensor, labels: Tensor, number: int) -> None:
         """Count one batch, simulated in chunks that bound the memory."""
@@ -167,7 +168,7 @@ class _Tally:
         size = max(1, CHUNK // (images[0].numel() * self.network.steps))
         if images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
-        return list(zip(images.split(size), labels.split(size), strict=True))
+        return list(zip(torch.split(images, size), torch.split(labels, size), strict=True))
 
     def report(self, snn: SpikingNetwork, seconds: float, settings: dict[str, Any]) -> Report:
         def percent(counts: Tensor) -> dict[int, float]:

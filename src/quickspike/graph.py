@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
-from quickspike import capture as capturing
-from quickspike.capture import Captured, Sizes, capture, measure, scope_of, source_of
+from quickspike.capture import Captured, capture, measure, run_recorded, scope_of, source_of
 from quickspike.classify import activate, classify
 from quickspike.coverage import Coverage, Finding
-from quickspike.errors import DataError, TraceError
-from quickspike.operators import MAX_POOLS, ReLU
+from quickspike.errors import TraceError
+from quickspike.operators import ReLU
 from quickspike.rewrite import fold_batch_norm, move_max_pools
 
 
@@ -65,12 +64,9 @@ class Traced:
         """The module that stands at `site`."""
         return self.module.get_submodule(site.name)
 
-    def check_input(self, images: Tensor, what: str) -> None:
-        """Raise DataError unless `images` is a finite batch that fits the network."""
-        capturing.check_batch(images, what)
-        if tuple(images.shape[1:]) != self.example_shape:
-            fits = f"[B, {', '.join(map(str, self.example_shape))}]"
-            raise DataError(f"{what} has shape {list(images.shape)}, but {self.name} was traced for {fits}")
+    def copy_module(self) -> fx.GraphModule:
+        """A copy of the graph and its weights; the modules at the sites are shared, since they will be replaced."""
+        return copy.deepcopy(self.module, {id(self.at(site)): self.at(site) for site in self.sites})
 
 
 def trace(model: nn.Module, example: Tensor) -> Traced:
@@ -93,8 +89,13 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
         raise TraceError(f"{captured.name} holds no activation that could become a neuron (ReLU, ReLU6, clamp at 0)")
     fold_batch_norm(captured.module, sizes)
     move_max_pools(captured.module)
-    sites = _name_sites(captured)
-    _verify(captured)
+    calls = _name_sites(captured.module)
+    recorder = run_recorded(captured.module, captured.example)
+    _verify(captured, recorder.result)
+    sites = tuple(
+        Site(str(call.target), call.meta["function"], call.meta["ceiling"], recorder.values[call.name][1:], source_of(call))
+        for call in calls
+    )
     return Traced(captured.module, sites, coverage, tuple(captured.example.shape[1:]))
 
 
@@ -115,37 +116,30 @@ def inspect(model: nn.Module, example: Tensor) -> Coverage:
 
 def swap(traced: Traced, maker: Callable[[Site, nn.Module], nn.Module]) -> Traced:
     """A copy of `traced` with `maker(site, module that stands there now)` at every site."""
-    module = copy.deepcopy(traced.module)
+    module = traced.copy_module()
     for site in traced.sites:
-        module.set_submodule(site.name, maker(site, module.get_submodule(site.name)))
+        module.set_submodule(site.name, maker(site, traced.at(site)))
     return Traced(module, traced.sites, traced.coverage, traced.example_shape)
 
 
-def _name_sites(captured: Captured) -> tuple[Site, ...]:
-    """Replace the placeholder calls of activate() by named modules."""
-    module, sites = captured.module, []
-    calls = [node for node in module.graph.nodes if node.target is activate]
-    shapes = _shapes(captured) if calls else {}
+def _name_sites(module: fx.GraphModule) -> list[fx.Node]:
+    """Replace the placeholder calls of activate() by calls of named modules, and return these."""
+    calls = []
     taken = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
-    for node in calls:
-        name = _unique(_site_name(node), taken | {site.name for site in sites}, module)
-        sites.append(Site(name, node.meta["function"], node.meta["ceiling"], shapes[node.name][1:], source_of(node)))
+    for node in [node for node in module.graph.nodes if node.target is activate]:
+        name = _unique(_site_name(node), taken, module)
+        taken.add(name)
         _set_module(module, name, ReLU(node.meta["ceiling"]))
         with module.graph.inserting_before(node):
             call = module.graph.call_module(name, (node.args[0],))
+        call.meta.update(node.meta)
+        calls.append(call)
         node.replace_all_uses_with(call)
         module.graph.erase_node(node)
     module.graph.lint()
     module.delete_all_unused_submodules()
     module.recompile()
-    return tuple(sites)
-
-
-def _shapes(captured: Captured) -> Mapping[str, tuple[int, ...]]:
-    sizes: Sizes = measure(captured.module, captured.example)
-    if sizes.failure:
-        raise TraceError(f"{captured.name}: the rewritten graph does not run: {sizes.failure[1]}")
-    return sizes.shapes
+    return calls
 
 
 def _site_name(node: fx.Node) -> str:
@@ -167,11 +161,11 @@ def _is_container(module: fx.GraphModule, name: str) -> bool:
     try:
         present = module.get_submodule(name)
     except AttributeError:
-        return hasattr_path(module, name)
+        return _has_attribute(module, name)
     return any(True for _ in present.parameters()) or any(True for _ in present.children())
 
 
-def hasattr_path(module: nn.Module, path: str) -> bool:
+def _has_attribute(module: nn.Module, path: str) -> bool:
     """True if a dotted attribute path exists and is something other than a module."""
     owner, _, leaf = path.rpartition(".")
     try:
@@ -193,10 +187,8 @@ def _set_module(module: fx.GraphModule, name: str, new: nn.Module) -> None:
         parent.add_module(leaf, new)
 
 
-def _verify(captured: Captured) -> None:
+def _verify(captured: Captured, got: Tensor) -> None:
     """The graph must compute what the source network computes; this catches aliasing that a recording cannot see."""
-    with torch.no_grad():
-        got = captured.module(captured.example)
     scale = max(float(captured.expected.abs().max()), 1e-12)
     error = float((got - captured.expected).abs().max()) / scale if got.shape == captured.expected.shape else float("inf")
     tolerance = 1e-3 if captured.example.dtype in (torch.float32, torch.float64) else 5e-2
@@ -206,6 +198,3 @@ def _verify(captured: Captured) -> None:
             "Usual causes: an in-place operation on a tensor that another name still refers to, randomness in forward(), "
             "or state that changes from call to call. Way out: write that step without in-place operations"
         )
-
-
-__all__ = ["MAX_POOLS", "Site", "Traced", "inspect", "swap", "trace"]

@@ -58,7 +58,7 @@ class Method(abc.ABC):
     def neuron(self, site: Site, activation: nn.Module) -> NeuronParameters:
         """Threshold, initial potential, leak and amplitude of the neurons at `site`, from the fitted activation."""
 
-    def fit(self, ann: Traced, images: ImageStream) -> None:
+    def fit(self, ann: Traced, images: ImageStream) -> None:  # noqa: B027 - a hook that need not be used
         """Adjust the prepared network `ann` in place with unlabelled images. Nothing to do by default."""
 
     def to_json(self) -> dict[str, Any]:

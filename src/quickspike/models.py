@@ -80,7 +80,8 @@ def _torchvision(name: str) -> nn.Module:
         raise UnknownNameError("torchvision model", name, models.list_models())
     # Inception and GoogLeNet warn about their initialisation and add training heads unless told otherwise.
     extra = {"init_weights": True, "aux_logits": False} if name == "googlenet" else {}
-    return models.get_model(name, weights=None, **extra)
+    model: nn.Module = models.get_model(name, weights=None, **extra)
+    return model
 
 
 def _timm(name: str) -> nn.Module:

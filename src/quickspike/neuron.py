@@ -123,6 +123,11 @@ class NeuronParameters:
             raise ConversionError(f"neuron leak must lie in [0, 1], got {self.leak}")
 
 
+def unfold(x: Tensor, steps: int) -> Tensor:
+    """Split the time out of the batch axis: `[T*B, ...]` to `[T, B, ...]`."""
+    return x.reshape(steps, -1, *x.shape[1:])
+
+
 class Timed(nn.Module, abc.ABC):
     """A layer that knows time. Layers without state need not be one: time is folded into their batch axis.
 
@@ -149,9 +154,7 @@ class Neuron(Timed):
         surrogate: the derivative used by autograd.
     """
 
-    def __init__(
-        self, parameters: NeuronParameters, steps: int, constant_input: bool, surrogate: Surrogate | None = None
-    ) -> None:
+    def __init__(self, parameters: NeuronParameters, steps: int, constant_input: bool, surrogate: Surrogate | None = None) -> None:
         super().__init__()
         self.steps, self.constant_input = steps, constant_input
         self.scaled, self.strict = parameters.scaled, parameters.strict
@@ -165,7 +168,7 @@ class Neuron(Timed):
     amplitude: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
-        current = x.expand(self.steps, *x.shape) if self.constant_input else x.unflatten(0, (self.steps, -1))
+        current = x.expand(self.steps, *x.shape) if self.constant_input else unfold(x, self.steps)
         spikes, state = [], None
         for t in range(self.steps):
             out, state = self.step(current[t], state)
@@ -192,7 +195,8 @@ def integrate_and_fire(
     Args:
         current: input of this step, `[B, ...]`.
         v: membrane potential after the step before, broadcastable to `current`.
-        theta, leak: scalar or per channel, broadcastable.
+        theta: threshold, scalar or per channel, broadcastable.
+        leak: likewise, in [0, 1].
         strict: fire at m > theta instead of m >= theta.
         surrogate: derivative of the step function for autograd.
     """
@@ -232,7 +236,7 @@ class AccumulatedMaxPool(Timed):
 
     def forward(self, x: Tensor) -> Tensor:
         outputs, state = [], None
-        for current in x.unflatten(0, (self.steps, -1)):
+        for current in unfold(x, self.steps):
             out, state = self.step(current, state)
             outputs.append(out)
         return torch.stack(outputs).flatten(0, 1)

@@ -63,17 +63,17 @@ _TRANSPOSED = (*_CONVOLUTION[:5], "output_padding", "groups")
 _POOL = ("kernel_size", "stride", "padding", "ceil_mode")
 
 LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
-    **{cls: (*_CONVOLUTION, "padding_mode") for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
-    **{cls: (*_TRANSPOSED, "dilation") for cls in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)},
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), (*_CONVOLUTION, "padding_mode")),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), (*_TRANSPOSED, "dilation")),
     nn.Linear: ("in_features", "out_features"),
     nn.AvgPool1d: (*_POOL, "count_include_pad"),
-    **{cls: (*_POOL, "count_include_pad", "divisor_override") for cls in (nn.AvgPool2d, nn.AvgPool3d)},
-    **{cls: ("output_size",) for cls in (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)},
+    **dict.fromkeys((nn.AvgPool2d, nn.AvgPool3d), (*_POOL, "count_include_pad", "divisor_override")),
+    **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), ("output_size",)),
     nn.Flatten: ("start_dim", "end_dim"),
     nn.Unflatten: ("dim", "unflattened_size"),
-    **{cls: ("padding",) for cls in (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)},
-    **{cls: ("padding", "value") for cls in (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)},
-    **{cls: ("padding",) for cls in (nn.ReflectionPad2d, nn.ReplicationPad2d)},
+    **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d), ("padding",)),
+    **dict.fromkeys((nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d), ("padding", "value")),
+    **dict.fromkeys((nn.ReflectionPad2d, nn.ReplicationPad2d), ("padding",)),
     nn.Upsample: ("size", "scale_factor", "mode", "align_corners"),
     nn.PixelShuffle: ("upscale_factor",),
     nn.PixelUnshuffle: ("downscale_factor",),
@@ -83,8 +83,8 @@ LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
 """Layer type -> the attributes that rebuild it (its constructor's keywords); weights travel apart."""
 
 MAX_POOLS: dict[type[nn.Module], tuple[str, ...]] = {
-    **{cls: ("kernel_size", "stride", "padding", "dilation", "ceil_mode") for cls in (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)},
-    **{cls: ("output_size",) for cls in (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)},
+    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), ("kernel_size", "stride", "padding", "dilation", "ceil_mode")),
+    **dict.fromkeys((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d), ("output_size",)),
 }
 
 NO_OPERATION_LAYERS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
@@ -42,21 +44,20 @@ def fold_batch_norm(module: fx.GraphModule, sizes: Sizes) -> None:
     module.recompile()
 
 
-def _fused(module: fx.GraphModule, before: fx.Node, norm: nn.Module, sizes: Sizes) -> nn.Module | None:
-    layer = _layer(module, before)
+def _fused(module: fx.GraphModule, before: fx.Node, norm: Any, sizes: Sizes) -> nn.Module | None:
+    layer: Any = _layer(module, before)
     if type(layer) in _CONVOLUTIONS or (type(layer) in _TRANSPOSED and layer.groups == 1):
-        return fuse_conv_bn_eval(layer, norm, transpose=type(layer) in _TRANSPOSED)
+        return cast(nn.Module, fuse_conv_bn_eval(layer, norm, transpose=type(layer) in _TRANSPOSED))
     if type(layer) is nn.Linear and len(sizes.shapes[before.name]) == 2:
-        return fuse_linear_bn_eval(layer, norm)
+        return cast(nn.Module, fuse_linear_bn_eval(layer, norm))
     return None
 
 
-def _affine(norm: nn.Module) -> Affine:
-    """gamma (x - mean) / sqrt(var + eps) + beta as one multiplication and one addition."""
+def _affine(norm: Any) -> Affine:
+    """The map gamma (x - mean) / sqrt(var + eps) + beta as one multiplication and one addition."""
     mean, var = norm.running_mean, norm.running_var
-    assert isinstance(mean, torch.Tensor) and isinstance(var, torch.Tensor)  # noqa: S101 - classify() refused the rest
-    gamma = norm.weight if isinstance(norm.weight, torch.Tensor) else torch.ones_like(mean)
-    beta = norm.bias if isinstance(norm.bias, torch.Tensor) else torch.zeros_like(mean)
+    gamma = torch.ones_like(mean) if norm.weight is None else norm.weight
+    beta = torch.zeros_like(mean) if norm.bias is None else norm.bias
     affine = Affine(mean.numel()).to(mean)
     with torch.no_grad():
         affine.weight.copy_(gamma * torch.rsqrt(var + norm.eps))
@@ -80,7 +81,7 @@ def move_max_pools(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _pulled(graph: fx.Graph, pool: fx.Node, signal: fx.Node) -> fx.Node | None:
+def _pulled(graph: fx.Graph, pool: fx.Node, signal: Any) -> fx.Node | None:
     """pool(signal) with the pool in front of the activations that `signal` consists of; None if there are none."""
     if signal.target is activate:
         with graph.inserting_before(pool):

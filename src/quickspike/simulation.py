@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from quickspike.conversion import SpikingNetwork, readout
-from quickspike.neuron import Neuron, Timed
+from quickspike.neuron import Neuron, Timed, unfold
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class _LayerByLayer(fx.Interpreter):
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         out = super().call_module(target, args, kwargs)
         if isinstance(self.fetch_attr(target), Neuron):
-            self.spikes[target] = out.detach().unflatten(0, (self.steps, -1)).ne(0).sum(0)
+            self.spikes[target] = unfold(out.detach(), self.steps).ne(0).sum(0)
         return out
 
 
 def _layer_by_layer(snn: SpikingNetwork, images: Tensor) -> Run:
     interpreter = _LayerByLayer(snn)
-    outputs = interpreter.run(images).unflatten(0, (snn.steps, -1))
+    outputs = unfold(interpreter.run(images), snn.steps)
     return Run(readout(outputs), interpreter.spikes)
 
 
@@ -81,7 +81,7 @@ class _OneStep(fx.Interpreter):
         if not isinstance(layer, Timed):
             return super().call_module(target, args, kwargs)
         # Every timed layer is called by exactly one node, so that its name can key its state.
-        out, self.states[target] = layer.step(*args, self.states.get(target))
+        out, self.states[target] = layer.step(args[0], self.states.get(target))
         if isinstance(layer, Neuron):
             self.spikes[target] = self.spikes.get(target, 0) + out.detach().ne(0).long()
         return out

@@ -13,9 +13,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from quickspike.activations import CeilingProbe, Granularity
+from quickspike.activations import CeilingProbe, Granularity, probe_at
 from quickspike.data import ImageStream
-from quickspike.errors import ConversionError
 from quickspike.graph import Site, Traced
 from quickspike.method import Method, Paper, register
 from quickspike.neuron import NeuronParameters
@@ -51,7 +50,9 @@ class PotentialInit(Method):
         "squared_error", "how a ceiling follows from the activations: least squared error of the T-step staircase, or a percentile"
     )
     granularity: Granularity = option("layer", "one threshold per layer (the paper's) or per channel")
-    percentile: float = option(99.9, "share of activations below the ceiling (ceiling=percentile)", unit="%", low=0, high=100, low_open=True)
+    percentile: float = option(
+        99.9, "share of activations below the ceiling (ceiling=percentile)", unit="%", low=0, high=100, low_open=True
+    )
 
     def activation(self, site: Site) -> CeilingProbe:
         return CeilingProbe(site, self.granularity)
@@ -60,14 +61,13 @@ class PotentialInit(Method):
         images.feed(ann.module)
 
     def neuron(self, site: Site, activation: nn.Module) -> NeuronParameters:
-        if not isinstance(activation, CeilingProbe):
-            raise ConversionError(f"site {site.name}: expected a CeilingProbe, found {type(activation).__name__}")
+        probe = probe_at(site, activation)
         initial = self.initial_potential(site)
         if self.ceiling == "percentile":
-            ceiling = activation.histogram.percentile(self.percentile)
+            ceiling = probe.histogram.percentile(self.percentile)
         else:
-            ceiling = activation.histogram.squared_error_ceiling(self.steps, float(initial.mean()))
-        return NeuronParameters(activation.finish(ceiling), initial=initial)
+            ceiling = probe.histogram.squared_error_ceiling(self.steps, float(initial.mean()))
+        return NeuronParameters(probe.finish(ceiling), initial=initial)
 
     def initial_potential(self, site: Site) -> Tensor:
         """v(0) of every neuron at `site` as a fraction of theta: a scalar, or `[C, ...]` where it is drawn."""

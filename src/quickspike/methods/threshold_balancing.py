@@ -11,9 +11,8 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from quickspike.activations import CeilingProbe, Granularity
+from quickspike.activations import CeilingProbe, Granularity, probe_at
 from quickspike.data import ImageStream
-from quickspike.errors import ConversionError
 from quickspike.graph import Site, Traced
 from quickspike.method import Method, Paper, register
 from quickspike.neuron import NeuronParameters
@@ -43,10 +42,13 @@ class ThresholdBalancing(Method):
     )
 
     ceiling: Literal["balanced", "squared_error", "percentile"] = option(
-        "squared_error", "how a ceiling follows from the activations: the paper's update, least squared error of the T-step staircase, or a percentile"
+        "squared_error",
+        "how a ceiling follows from the activations: the paper's update, least squared error of the T-step staircase, or a percentile",
     )
     granularity: Granularity = option("channel", "one threshold per channel or per layer")
-    percentile: float = option(99.9, "share of activations below the ceiling (ceiling=percentile)", unit="%", low=0, high=100, low_open=True)
+    percentile: float = option(
+        99.9, "share of activations below the ceiling (ceiling=percentile)", unit="%", low=0, high=100, low_open=True
+    )
     updates: int = option(1000, "updates from theta = 0 (ceiling=balanced)", unit="updates", low=1, high=1_000_000)
     rate: float = option(1.0, "step size of an update (ceiling=balanced)", low=0, high=1, low_open=True)
     initial: float = option(0.5, "initial potential", unit="theta", low=0, high=1)
@@ -58,13 +60,12 @@ class ThresholdBalancing(Method):
         images.feed(ann.module)
 
     def neuron(self, site: Site, activation: nn.Module) -> NeuronParameters:
-        if not isinstance(activation, CeilingProbe):
-            raise ConversionError(f"site {site.name}: expected a CeilingProbe, found {type(activation).__name__}")
-        histogram = activation.histogram
+        probe = probe_at(site, activation)
+        histogram = probe.histogram
         if self.ceiling == "balanced":
             ceiling = histogram.balanced_ceiling(self.updates, self.rate)
         elif self.ceiling == "squared_error":
             ceiling = histogram.squared_error_ceiling(self.steps, self.initial)
         else:
             ceiling = histogram.percentile(self.percentile)
-        return NeuronParameters(activation.finish(ceiling), initial=self.initial)
+        return NeuronParameters(probe.finish(ceiling), initial=self.initial)

@@ -1,0 +1,31 @@
+# make demo | make test | make check | make setup | make clean
+# Each sets up .venv first if that is not done yet; afterwards nothing needs the network.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test check setup clean
+
+demo: $(READY)
+	@$(BIN)/quickspike demo
+
+test: $(READY)
+	@$(BIN)/python -m pytest
+
+check: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "quickspike needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; run: make PYTHON=python3.11")'
+	@echo "setting up .venv (some minutes the first time: torch is large)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,check]'
+	@touch $(READY)
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

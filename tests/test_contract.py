@@ -1,0 +1,371 @@
+"""What every registered method must do. A new method is tested by being registered."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import quickspike as qs
+from quickspike.data import DataSet
+from quickspike.errors import DataError, OptionError, UnknownNameError
+from quickspike.method import Method, Paper, all_methods, create, get
+from quickspike.options import Option, options_of
+from quickspike.simulation import simulate
+
+Converted = Callable[[str], qs.SpikingNetwork]
+METHODS = sorted(all_methods())
+OPTIONS = [(method, name) for method in METHODS for name in options_of(get(method))]
+
+every_method = pytest.mark.parametrize("method", METHODS)
+every_option = pytest.mark.parametrize(("method", "name"), OPTIONS)
+
+
+def bad_values(declared: Option, kind: Any) -> list[Any]:
+    if typing.get_origin(kind) is typing.Literal:
+        return ["no such choice", "", None, 1, True]
+    if kind is bool:
+        return [0, 1, "true", None]
+    values: list[Any] = ["3", None, True, [1], math.nan, math.inf, -math.inf]
+    span = 1 if kind is int else 1e-6
+    if kind is int:
+        values.append(1.5)
+    if declared.low is not None:
+        values.append(kind(declared.low) if declared.low_open else kind(declared.low) - span)
+    if declared.high is not None:
+        values.append(kind(declared.high) + span)
+    return values
+
+
+def good_values(declared: Option, kind: Any) -> list[Any]:
+    if typing.get_origin(kind) is typing.Literal:
+        return list(typing.get_args(kind))
+    if kind is bool:
+        return [True, False]
+    ends = [declared.low if not declared.low_open else None, declared.high]
+    return [kind(end) for end in ends if end is not None]
+
+
+# Options
+
+
+def test_there_are_methods() -> None:
+    assert {"potential_init", "threshold_balancing"} <= set(METHODS)
+
+
+@every_option
+def test_a_value_out_of_range_is_refused_and_the_option_named(method: str, name: str) -> None:
+    declared, kind, _ = options_of(get(method))[name]
+    assert bad_values(declared, kind)
+    for bad in bad_values(declared, kind):
+        with pytest.raises(OptionError, match=rf"{method}: {name} must be"):
+            create(method, **{name: bad})
+
+
+@every_option
+def test_both_ends_of_a_range_and_every_choice_are_allowed(method: str, name: str) -> None:
+    declared, kind, default = options_of(get(method))[name]
+    for good in [default, *good_values(declared, kind)]:
+        made = create(method, **{name: good})
+        assert getattr(made, name) == good
+        assert Method.from_json(json.loads(json.dumps(made.to_json(), allow_nan=False))) == made
+
+
+@every_option
+def test_options_are_documented(method: str, name: str) -> None:
+    declared, kind, default = options_of(get(method))[name]
+    assert len(declared.help.split()) >= 2
+    assert declared.describe().startswith(declared.help)
+    assert default is not dataclasses.MISSING
+    if kind in (int, float):
+        assert declared.range_text(), "a number without a range"
+
+
+@every_method
+def test_every_field_is_an_option(method: str) -> None:
+    assert set(options_of(get(method))) == {field.name for field in dataclasses.fields(get(method))}
+
+
+@every_method
+def test_methods_are_frozen_hashable_and_documented(method: str) -> None:
+    cls = get(method)
+    made = create(method)
+    assert isinstance(made, Method)
+    assert made == create(method)
+    assert hash(made) == hash(create(method))
+    assert cls.name == method
+    assert isinstance(cls.paper, Paper)
+    assert cls.paper.year > 2000
+    assert cls.__doc__
+    assert not cls.__doc__.startswith(cls.__name__ + "("), "the docstring is the one that dataclass makes up"
+    assert getattr(qs.methods, cls.__name__) is cls
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.steps = 3
+
+
+@every_method
+def test_an_unknown_option_gets_the_nearest_name(method: str) -> None:
+    with pytest.raises(OptionError, match=r"unknown option.*'stesp'.*did you mean 'steps'"):
+        create(method, stesp=3)
+
+
+def test_an_unknown_method_gets_the_nearest_name() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'potential_init'"):
+        create("potential-intt")
+
+
+@every_method
+@pytest.mark.parametrize("steps", [0, -1, 2.0, True])
+def test_fewer_than_one_step_is_refused(method: str, steps: Any, digits_source: nn.Module, digits_calibration: Tensor) -> None:
+    with pytest.raises(OptionError, match="steps"):
+        qs.convert(digits_source, digits_calibration, method, steps=steps)
+
+
+# Conversion
+
+
+@every_method
+@pytest.mark.parametrize("training", [False, True])
+def test_the_source_is_untouched(method: str, training: bool, digits_source: nn.Module, digits_calibration: Tensor) -> None:
+    source = copy.deepcopy(digits_source).train(training)
+    source[1].eval()
+    source[0].weight.requires_grad_(False)
+    state = {name: value.clone() for name, value in source.state_dict().items()}
+    modes = [module.training for module in source.modules()]
+    learn = [parameter.requires_grad for parameter in source.parameters()]
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in source.modules()]
+    images = digits_calibration[:64].clone()
+    generator = torch.get_rng_state()
+    qs.convert(source, images, method, steps=2)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert torch.equal(images, digits_calibration[:64])
+    assert state.keys() == source.state_dict().keys()
+    for name, value in source.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert [module.training for module in source.modules()] == modes
+    assert [parameter.requires_grad for parameter in source.parameters()] == learn
+    assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in source.modules()] == hooks
+    assert all(parameter.grad is None for parameter in source.parameters())
+
+
+@every_method
+def test_the_spiking_network_does_not_share_memory_with_the_source(
+    method: str, digits_source: nn.Module, digits_calibration: Tensor
+) -> None:
+    source = copy.deepcopy(digits_source)
+    snn = qs.convert(source, digits_calibration[:64], method, steps=2)
+    shared = {value.data_ptr() for value in source.state_dict().values()} & {value.data_ptr() for value in snn.state_dict().values()}
+    assert not shared
+    assert not any(module.training for module in snn.modules())
+
+
+@every_method
+def test_conversion_is_deterministic(
+    method: str, digits_source: nn.Module, digits_calibration: Tensor, spiking_digits: Converted, digits_test: tuple[Tensor, Tensor]
+) -> None:
+    first, second = spiking_digits(method), qs.convert(digits_source, digits_calibration, method, steps=16)
+    assert first.state_dict().keys() == second.state_dict().keys()
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+    assert (first.method, first.code, first.sites) == (second.method, second.code, second.sites)
+    with torch.no_grad():
+        assert torch.equal(first(digits_test[0][:20]), second(digits_test[0][:20]))
+
+
+@every_method
+def test_the_network_knows_how_it_was_made(method: str, spiking_digits: Converted, digits_calibration: Tensor) -> None:
+    snn = spiking_digits(method)
+    assert Method.from_json(json.loads(json.dumps(snn.method))) == create(method, steps=16)
+    assert snn.provenance["calibration_images"] == len(digits_calibration)
+    assert snn.provenance["source"] == "Sequential"
+    json.dumps(snn.provenance, allow_nan=False)
+
+
+@every_method
+def test_a_method_object_and_its_name_give_the_same(
+    method: str, digits_source: nn.Module, digits_calibration: Tensor, spiking_digits: Converted
+) -> None:
+    made = qs.convert(digits_source, digits_calibration, get(method)(steps=16))
+    for name, value in spiking_digits(method).state_dict().items():
+        assert torch.equal(value, made.state_dict()[name]), name
+    with pytest.raises(OptionError, match="steps"):
+        qs.convert(digits_source, digits_calibration, get(method)(), steps=3)
+
+
+@every_method
+def test_accuracy_stays_within_two_points(
+    method: str, spiking_digits: Converted, digits_source: nn.Module, digits_test: tuple[Tensor, Tensor]
+) -> None:
+    images, labels = digits_test
+    with torch.no_grad():
+        run = spiking_digits(method).run(images)
+        reference = digits_source(images).argmax(1)
+    own = float((run.logits[-1].argmax(1) == labels).double().mean())
+    source = float((reference == labels).double().mean())
+    assert source > 0.95
+    assert own >= source - 0.02
+    assert all(0.01 < rate < 0.9 for rate in run.rates.values()), run.rates
+
+
+@every_method
+def test_the_report_agrees_with_a_plain_loop(
+    method: str, spiking_digits: Converted, digits: DataSet, digits_source: nn.Module, digits_test: tuple[Tensor, Tensor]
+) -> None:
+    images, labels = digits_test[0][:100], digits_test[1][:100]
+    report = qs.evaluate(spiking_digits(method), digits.loader("test", 40, limit=100), digits_source, (1, 4, 16), device="cpu")
+    with torch.no_grad():
+        run = spiking_digits(method).run(images)
+        answer = digits_source(images).argmax(1)
+    for steps in (1, 4, 16):
+        chosen = run.logits[steps - 1].argmax(1)
+        assert report.accuracy[steps] == pytest.approx(100 * float((chosen == labels).double().mean()), abs=1.01)
+        assert report.agreement[steps] == pytest.approx(100 * float((chosen == answer).double().mean()), abs=1.01)
+    assert report.reference_accuracy == pytest.approx(100 * float((answer == labels).double().mean()), abs=1.01)
+    assert report.rates == pytest.approx(run.rates, abs=1e-3)
+    assert report.samples == 100
+
+
+@every_method
+def test_both_simulations_agree(method: str, spiking_digits: Converted, digits_test: tuple[Tensor, Tensor]) -> None:
+    snn, images = copy.deepcopy(spiking_digits(method)).double(), digits_test[0][:16].double()
+    with torch.no_grad():
+        run, stepped = simulate(snn, images), simulate(snn, images, step_by_step=True)
+    assert torch.allclose(run.logits, stepped.logits, rtol=0, atol=1e-10)
+    for site, counts in run.spikes.items():
+        assert torch.equal(counts, stepped.spikes[site])
+
+
+@every_method
+def test_the_second_batch_equals_a_fresh_models(
+    method: str, spiking_digits: Converted, digits_source: nn.Module, digits_calibration: Tensor, digits_test: tuple[Tensor, Tensor]
+) -> None:
+    first, second = digits_test[0][:20], digits_test[0][20:40]
+    used = copy.deepcopy(spiking_digits(method))
+    fresh = qs.convert(digits_source, digits_calibration, method, steps=16)
+    with torch.no_grad():
+        used.run(first)
+        again, expected = used.run(second), fresh.run(second)
+    assert torch.equal(again.logits, expected.logits)
+    for site, counts in expected.spikes.items():
+        assert torch.equal(again.spikes[site], counts)
+
+
+@every_method
+def test_checkpoints_are_bit_exact(method: str, spiking_digits: Converted, digits_test: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    snn = copy.deepcopy(spiking_digits(method))
+    path = tmp_path / "network.safetensors"
+    snn.save(path)
+    loaded = qs.load(path)
+    assert snn.state_dict().keys() == loaded.state_dict().keys()
+    for name, value in snn.state_dict().items():
+        assert value.dtype == loaded.state_dict()[name].dtype
+        assert torch.equal(value, loaded.state_dict()[name]), name
+    assert (loaded.method, loaded.provenance, loaded.sites) == (snn.method, snn.provenance, snn.sites)
+    assert (loaded.steps, loaded.input_shape) == (snn.steps, snn.input_shape)
+    with torch.no_grad():
+        before, after = snn.run(digits_test[0][:50]), loaded.run(digits_test[0][:50])
+    assert torch.equal(before.logits, after.logits)
+    for site, counts in before.spikes.items():
+        assert torch.equal(counts, after.spikes[site])
+
+
+@every_method
+def test_a_fine_tuned_network_can_be_saved(
+    method: str, spiking_digits: Converted, digits_test: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    """A threshold that training pushed below 0 still acts as a positive one; its file must load."""
+    snn = copy.deepcopy(spiking_digits(method))
+    with torch.no_grad():
+        snn.neuron(snn.sites[0].name).threshold.reshape(-1)[0].fill_(-0.25)
+    snn.save(tmp_path / "network.safetensors")
+    loaded = qs.load(tmp_path / "network.safetensors")
+    with torch.no_grad():
+        assert torch.equal(snn(digits_test[0][:10]), loaded(digits_test[0][:10]))
+
+
+# Calibration data
+
+
+@every_method
+def test_all_forms_of_calibration_data_give_the_same(
+    method: str, digits_source: nn.Module, digits_calibration: Tensor, spiking_digits: Converted
+) -> None:
+    batches = list(digits_calibration.split(70))
+    labels = [torch.zeros(len(batch), dtype=torch.int64) for batch in batches]
+
+    def generator() -> Iterator[Tensor]:
+        yield from batches
+
+    forms = {
+        "generator": generator(),
+        "list": batches,
+        "pairs": list(zip(batches, labels, strict=True)),
+        "dict": [{"image": batch, "label": label} for batch, label in zip(batches, labels, strict=True)],
+        "pixel_values": iter([{"pixel_values": batch} for batch in batches]),
+        "loader": torch.utils.data.DataLoader(digits_calibration, batch_size=300),
+    }
+    expected = spiking_digits(method).state_dict()
+    for form, data in forms.items():
+        snn = qs.convert(digits_source, data, method, steps=16)
+        assert snn.provenance["calibration_images"] == len(digits_calibration), form
+        for name, value in snn.state_dict().items():
+            assert torch.allclose(value, expected[name], rtol=1e-4), (form, name)
+
+
+@every_method
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("batch", [0, 1])
+def test_bad_values_in_calibration_images_are_refused(
+    method: str, batch: int, bad: float, digits_source: nn.Module, digits_calibration: Tensor
+) -> None:
+    batches = [images.clone() for images in digits_calibration[:40].split(20)]
+    batches[batch][3, 0, 2, 2] = bad
+    with pytest.raises(DataError, match=f"calibration batch {batch + 1}.*NaN"):
+        qs.convert(digits_source, batches, method, steps=2)
+
+
+@every_method
+def test_unusable_calibration_data_is_refused(method: str, digits_source: nn.Module, digits_calibration: Tensor) -> None:
+    images = digits_calibration[:10]
+    cases: list[tuple[Any, str]] = [
+        ([], "empty"),
+        (iter([]), "empty"),
+        (images[:0], "at least one sample"),
+        ([images, images[:0]], "at least one sample"),
+        ([images, images[:, :, :4]], "must be alike"),
+        ([(images * 255).byte()], "floating point"),
+        ([{"picture": images}], "picture"),
+        (["image.png"], "str"),
+        (3, "int"),
+        (images[:, :, :4, :4], "cannot run"),
+    ]
+    for data, message in cases:
+        with pytest.raises(DataError, match=message):
+            qs.convert(digits_source, data, method, steps=2)
+
+
+@every_method
+def test_a_used_up_generator_is_refused(method: str, digits_source: nn.Module, digits_calibration: Tensor) -> None:
+    data = iter([digits_calibration[:10]])
+    qs.convert(digits_source, data, method, steps=2)
+    with pytest.raises(DataError, match=r"empty|used up"):
+        qs.convert(digits_source, data, method, steps=2)
+
+
+@every_method
+def test_one_image_and_a_black_image_are_enough(method: str, digits_source: nn.Module, digits_calibration: Tensor) -> None:
+    for images in (digits_calibration[:1], torch.zeros_like(digits_calibration[:1])):
+        snn = qs.convert(digits_source, images, method, steps=2)
+        with torch.no_grad():
+            assert torch.isfinite(snn(digits_calibration[:4])).all()
+        for site in snn.sites:
+            assert snn.neuron(site.name).threshold.min() > 0

@@ -1,0 +1,75 @@
+import pytest
+import torch
+from torch import nn
+
+import quickspike as qs
+from quickspike.errors import TraceError, UnsupportedOperatorError
+
+torchvision = pytest.importorskip("torchvision")
+
+
+def images():
+    return torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def converted(net):
+    with torch.no_grad():
+        snn = qs.convert(net, images(), "threshold_balancing", steps=2)
+        run = snn.run(images())
+    assert bool(torch.isfinite(run.logits).all())
+    assert run.steps == 2
+    assert set(run.spikes) == {site.name for site in snn.sites}
+    return snn
+
+
+def built(name, **options):
+    torch.manual_seed(0)
+    net = torchvision.models.get_model(name, weights=None, num_classes=10, **options)
+    if name.startswith("vgg"):  # Its head has 120 million weights, and copying them would take most of the time.
+        net.classifier = nn.Sequential(nn.Linear(512 * 49, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, 10))
+    return net
+
+
+# Number of activation calls in the source; a pool in front of an activation that others read too adds a twin.
+NETWORKS = {
+    "resnet18": ({}, 17),
+    "vgg11_bn": ({"init_weights": False}, 9),
+    "mobilenet_v2": ({}, 35),
+    "squeezenet1_0": ({}, 26),
+    "googlenet": ({"aux_logits": False, "init_weights": False}, 57),
+    "densenet121": ({}, 121),
+    "shufflenet_v2_x0_5": ({}, 37),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_convolutional_network_converts(name):
+    options, activations = NETWORKS[name]
+    snn = converted(built(name, **options))
+    assert len(snn.sites) >= activations
+
+
+def vision_transformer():
+    return torchvision.models.VisionTransformer(64, 16, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8)
+
+
+@pytest.mark.parametrize("make", [lambda: built("swin_t"), vision_transformer], ids=["swin_t", "vit"])
+def test_a_transformer_is_refused_with_line_and_way_out(make):
+    net = make()
+    with pytest.raises(UnsupportedOperatorError, match=r"LayerNorm.* at torchvision/\S+\.py:\d+ in .*Way out: train with batch norm"):
+        qs.trace(net, images())
+    assert not qs.inspect(net, images()).convertible
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "convnext_tiny", "mobilenet_v3_small"])
+def test_a_network_with_other_activations_is_refused(name):
+    with pytest.raises(TraceError, match=r"torchvision/\S+\.py:\d+ in .*Way out"):
+        qs.trace(built(name), images())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet10t"])
+def test_a_timm_resnet_converts(name):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    snn = converted(timm.create_model(name, pretrained=False, num_classes=10))
+    assert len(snn.sites) >= 9
