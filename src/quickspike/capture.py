@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 import os
 import re
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ class Captured:
     """A private copy of the network in evaluation mode, its graph, and what its output must be."""
 
     module: fx.GraphModule
+    source: nn.Module
     example: Tensor
     expected: Tensor
     name: str
@@ -48,13 +50,16 @@ def capture(model: nn.Module, example: Tensor) -> Captured:
     name = type(model).__name__
     private = copy_of(model)
     parameter = next(private.parameters(), None)
+    _refuse_names(private, name)
     example = example.detach()[:1].to(device=None if parameter is None else parameter.device)
-    expected = _run_source(private, example, name)
+    # A network may change its input in place; the caller's images must survive that.
+    expected = _run_source(private, example.clone(), name)
     graph = _record(private, name)
     module = fx.GraphModule(private, graph, name)
+    _positional(module.graph)
     _make_functional(module)
     _drop_asserts(module)
-    return Captured(module, example, expected, name)
+    return Captured(module, private, example, expected, name)
 
 
 def copy_of(model: nn.Module) -> nn.Module:
@@ -67,7 +72,32 @@ def copy_of(model: nn.Module) -> nn.Module:
         private = copy.deepcopy(model)
     except Exception as error:
         raise TraceError(f"{type(model).__name__} cannot be copied: {error}; make it deep-copyable first") from error
+    for path, module in private.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            where = f"layer {path!r}" if path else "the network"
+            raise TraceError(
+                f"{where} carries a forward hook, which a converted network cannot keep. Way out: handle.remove(), prune.remove(...)"
+            )
     return private.eval().requires_grad_(False)
+
+
+def _refuse_names(private: nn.Module, name: str) -> None:
+    for child in (*private._modules, *private._parameters, *private._buffers):
+        if child == "meta" or (hasattr(fx.GraphModule, child) and not hasattr(nn.Module, child)):
+            raise TraceError(f"{name} has an attribute {child!r}, a name that torch.fx needs itself. Way out: rename it")
+
+
+class _Tracer(fx.Tracer):
+    """Sees through layers that are no submodules: made inside forward(), or kept in a plain list."""
+
+    record_stack_traces = True
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            self.path_of_module(m)
+        except NameError:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
 
 def check_batch(images: Any, what: str) -> None:
@@ -96,17 +126,17 @@ def _run_source(private: nn.Module, example: Tensor, name: str) -> Tensor:
 
 
 def _record(private: nn.Module, name: str) -> fx.Graph:
-    tracer = fx.Tracer()
-    tracer.record_stack_traces = True
+    tracer = _Tracer()
     try:
         graph = tracer.trace(private, concrete_args=_defaults(private) or None)
     except Exception as error:
         line = _raising_line(error)
         raise TraceError(
             f"the forward pass of {name} cannot be recorded{line}: {_first_line(error)}. "
-            "Way out: let forward() depend on shapes only, not on values of tensors"
+            "Way out: no if, loop or int() on tensors or their sizes, no assignment into slices, and every layer an attribute of its module"
         ) from error
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    _drop_default_checks(graph, inputs[1:])
     for extra in inputs[1:]:
         if extra.users:
             raise TraceError(f"{name} takes {len(inputs)} inputs; wrap it so that forward() takes one tensor")
@@ -118,6 +148,16 @@ def _defaults(private: nn.Module) -> dict[str, Any]:
     """Every argument of forward() after the first that has a default keeps it."""
     parameters = list(inspect.signature(private.forward).parameters.values())[1:]
     return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+
+
+def _drop_default_checks(graph: fx.Graph, extras: list[fx.Node]) -> None:
+    """torch.fx asserts that an argument still has the default it was recorded with."""
+    for node in reversed(graph.nodes):
+        if node.target is torch._assert or getattr(node.target, "__name__", "") == "_assert_is_none":
+            graph.erase_node(node)
+    for extra in extras:
+        for check in [user for user in extra.users if user.target is operator.eq and not user.users]:
+            graph.erase_node(check)
 
 
 def _first_line(error: BaseException) -> str:
@@ -157,10 +197,27 @@ def scope_of(node: fx.Node) -> str:
 # In-place operations: `y.relu_()` changes y for everything that reads it later, so those readers are redirected.
 
 
+_AUGMENTED = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.ipow, operator.imod)
+
+
+def _positional(graph: fx.Graph) -> None:
+    """`f(input=x, other=y)` as `f(x, y)`."""
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr"):
+            continue
+        kwargs = dict(node.kwargs)
+        first = next((name for name in ("input", "tensors") if name in kwargs), None)
+        if not node.args and first:
+            node.args = (kwargs.pop(first),)
+        if len(node.args) == 1 and "other" in kwargs:
+            node.args = (*node.args, kwargs.pop("other"))
+        node.kwargs = kwargs
+
+
 def _is_in_place(node: fx.Node, module: fx.GraphModule) -> bool:
     if node.op == "call_module":
         return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
-    if node.kwargs.get("inplace") is True:
+    if node.kwargs.get("inplace") is True or node.target in _AUGMENTED:
         return True
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     return str(name).endswith("_") and not str(name).startswith("_")
@@ -169,6 +226,8 @@ def _is_in_place(node: fx.Node, module: fx.GraphModule) -> bool:
 def _make_functional(module: fx.GraphModule) -> None:
     seen: set[fx.Node] = set()
     for node in module.graph.nodes:
+        # Annotations of the source run nothing, and a file does not keep them.
+        node.type = None
         seen.add(node)
         if node.op not in ("call_module", "call_function", "call_method") or not _is_in_place(node, module):
             continue
@@ -197,6 +256,8 @@ class Sizes:
     kinds: Mapping[str, Kind]
     shapes: Mapping[str, tuple[int, ...]]
     """Per tensor, with a batch of 2 on axis 0 where the kind is "batched"."""
+    numbers: Mapping[str, int | float]
+    """Per number that does not follow the batch."""
     failure: tuple[str, str] | None = None
     """(node name, reason) of the first node that cannot run on other batch sizes."""
 
@@ -250,7 +311,8 @@ def measure(module: fx.GraphModule, example: Tensor) -> Sizes:
         known = node.name in two.values and node.name in three.values
         kinds[node.name] = _kind(two.values[node.name], three.values[node.name]) if known else "unknown"
     shapes = {name: value for name, value in two.values.items() if isinstance(value, tuple)}
-    return Sizes(kinds, shapes, two.failed or three.failed)
+    numbers = {name: value for name, value in two.values.items() if kinds[name] == "number" and isinstance(value, (int, float))}
+    return Sizes(kinds, shapes, numbers, two.failed or three.failed)
 
 
 def _kind(two: Any, three: Any) -> Kind:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import keyword
+import operator
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,7 +32,8 @@ FORMAT = 1
 """Version of the file format; a reader refuses a newer one."""
 
 _NAME = re.compile(r"(?!__)[A-Za-z_]\w*\Z", re.ASCII)
-_PATH = re.compile(r"(?:(?:(?!__)[A-Za-z_]\w*|\d+)(?:\.|\Z))+\Z", re.ASCII)
+# fx writes what is no identifier between double quotes into the code, so quotes, backslashes and breaks stay out.
+_PATH = re.compile(r"(?!__)\w[\w \-]*(?:\.(?!__)\w[\w \-]*)*\Z")
 _LAYER_TYPES = {cls.__name__: cls for cls in (*LAYERS, *MAX_POOLS)}
 _NEURON_TENSORS = ("threshold", "initial", "leak", "amplitude")
 
@@ -44,11 +47,38 @@ def save(snn: SpikingNetwork, path: str | Path) -> None:
         OutputError: the file cannot be written.
         CheckpointError: the network holds a layer that the format does not know.
     """
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in snn.network.state_dict().items()}
-    header = json.dumps(_header(snn), allow_nan=False, sort_keys=True)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _state(snn).items()}
+    try:
+        header = json.dumps(_header(snn), allow_nan=False, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the network holds something that JSON does not ({error}); look at its provenance and paddings") from error
     metadata = {"quickspike": header, "sha256": _digest(header, tensors)}
     with whole_file(path) as temporary:
-        temporary.write_bytes(safetensors.torch.save(tensors, metadata))
+        temporary.write_bytes(_in_order(safetensors.torch.save(tensors, metadata)))
+
+
+def _state(snn: SpikingNetwork) -> dict[str, Tensor]:
+    """Every tensor the network computes with, buffers that are left out of state_dict() included."""
+    constants = {str(node.target) for node in snn.network.graph.nodes if node.op == "get_attr"}
+    state = {**snn.network.state_dict(), **{name: operator.attrgetter(name)(snn.network) for name in constants}}
+    for name in state:
+        if not _PATH.match(name):
+            raise CheckpointError(f"the name {name!r} has no place in the file format; rename that layer")
+    for site in snn.sites:
+        for name, tensor in snn.neuron(site.name).named_parameters():
+            if not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(f"{site.name}: {name} holds NaN or infinite values")
+    return state
+
+
+def _in_order(data: bytes) -> bytes:
+    """Undo that safetensors writes its metadata in random order: the same network shall give the same bytes."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def _header(snn: SpikingNetwork) -> dict[str, Any]:
@@ -61,6 +91,7 @@ def _header(snn: SpikingNetwork) -> dict[str, Any]:
         "method": snn.method,
         "provenance": snn.provenance,
         "sites": [dataclasses.asdict(site) for site in snn.sites],
+        "parameters": sorted(name for name, _ in snn.network.named_parameters()),
         "layers": {name: _layer_to_json(snn.network.get_submodule(name)) for name in called},
         "graph": [_node_to_json(node) for node in graph.nodes],
     }
@@ -137,17 +168,17 @@ def load(path: str | Path) -> SpikingNetwork:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; name the file in it")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise CheckpointError(f"{path} is a folder; name the file in it") from None
     except Exception as error:
         hint = "truncated, or not a safetensors file; pickles are never read"
-        raise CheckpointError(f"{path}: {hint} ({str(error).splitlines()[0]})") from error
+        raise CheckpointError(f"{path}: {hint} ({(str(error).splitlines() or [type(error).__name__])[0]})") from error
     if "quickspike" not in metadata:
         raise CheckpointError(f"{path}: a safetensors file, but not one that quickspike saved (weights of a source network?)")
     try:
@@ -157,7 +188,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except ValueError as error:
         raise CheckpointError(f"{path}: the header is not JSON ({error}); the file was altered") from error
     version = header.get("format") if isinstance(header, dict) else None
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise CheckpointError(f"{path}: the header names no format version; the file was altered")
     if version > FORMAT:
         raise CheckpointError(f"{path}: file format {version}, this quickspike reads up to {FORMAT}; upgrade quickspike to load it")
@@ -168,23 +199,35 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _build(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SpikingNetwork:
     steps = header["steps"]
-    if not isinstance(steps, int) or steps < 1:
+    if type(steps) is not int or steps < 1:
         raise CheckpointError(f"steps must be a whole number >= 1, got {steps!r}")
     root, left = nn.Module(), dict(tensors)
     for name, layer in header["layers"].items():
         own = {key.removeprefix(f"{name}."): left.pop(key) for key in list(left) if key.startswith(f"{name}.")}
         _place(root, name, _layer_from_json(layer, own, steps, name))
     for name, tensor in left.items():
-        _place(root, name, tensor)
+        _place(root, name, nn.Parameter(tensor) if name in header["parameters"] else tensor)
     graph = _graph_from_json(header["graph"], set(header["layers"]), set(left))
     network = fx.GraphModule(root, graph)
     graph.lint()
     sites = tuple(_site(data) for data in header["sites"])
-    missing = [site.name for site in sites if site.name not in header["layers"]]
-    if missing:
-        raise CheckpointError(f"the sites {', '.join(missing)} are not in the graph")
-    input_shape = tuple(int(size) for size in header["input_shape"])
+    _check_neurons(network, sites)
+    input_shape = tuple(header["input_shape"])
+    if not input_shape or any(type(size) is not int or size < 1 for size in input_shape):
+        raise CheckpointError(f"the input shape must be sizes >= 1, got {list(input_shape)}")
     return SpikingNetwork(network, sites, steps, input_shape, header["method"], header["provenance"]).eval()
+
+
+def _check_neurons(network: nn.Module, sites: tuple[Site, ...]) -> None:
+    neurons = {name: layer for name, layer in network.named_modules() if isinstance(layer, Neuron)}
+    if sorted(neurons) != sorted(site.name for site in sites):
+        raise CheckpointError(f"the sites {[site.name for site in sites]} are not the neurons {sorted(neurons)}")
+    for site in sites:
+        for name, tensor in neurons[site.name].named_parameters():
+            if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(f"{site.name}: {name} must hold finite floating point values")
+            if tensor.ndim > len(site.shape) or any(a not in (1, b) for a, b in zip(tensor.shape[::-1], site.shape[::-1], strict=False)):
+                raise CheckpointError(f"{site.name}: {name} of shape {list(tensor.shape)} does not fit neurons {list(site.shape)}")
 
 
 def _site(data: Mapping[str, Any]) -> Site:
@@ -202,6 +245,8 @@ def _place(root: nn.Module, path: str, thing: nn.Module | Tensor) -> None:
         root = root.get_submodule(part)
     if isinstance(thing, nn.Module):
         root.add_module(leaf, thing)
+    elif isinstance(thing, nn.Parameter):
+        root.register_parameter(leaf, thing)
     else:
         root.register_buffer(leaf, thing)
 
@@ -210,13 +255,17 @@ def _layer_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor], ste
     kind, arguments = data["type"], data["arguments"]
     if kind == "Neuron":
         surrogate = Surrogate(**arguments["surrogate"])
-        parameters = NeuronParameters(
-            **_exactly(tensors, _NEURON_TENSORS, name), scaled=_flag(arguments, "scaled"), strict=_flag(arguments, "strict")
-        )
-        return Neuron(parameters, steps, _flag(arguments, "constant_input"), surrogate)
+        flags = {flag: _flag(arguments, flag) for flag in ("scaled", "strict")}
+        neuron = Neuron(NeuronParameters(torch.ones(()), **flags), steps, _flag(arguments, "constant_input"), surrogate)
+        # Past the checks of NeuronParameters: training may have left a threshold below 0, where it acts as the smallest.
+        for key, tensor in _exactly(tensors, _NEURON_TENSORS, name).items():
+            neuron.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
+        return neuron
     if kind == "Repeat":
         return Repeat(steps)
     if kind == "AccumulatedMaxPool":
+        if arguments["pool"]["type"] not in {cls.__name__ for cls in MAX_POOLS}:
+            raise CheckpointError(f"{name}: {arguments['pool']['type']!r} is no max-pooling")
         return AccumulatedMaxPool(_plain_layer(arguments["pool"], {}, name), steps)
     return _plain_layer(data, tensors, name)
 
@@ -238,6 +287,9 @@ def _plain_layer(data: Mapping[str, Any], tensors: Mapping[str, Tensor], name: s
     if cls is None:
         raise CheckpointError(f"{name}: unknown layer type {data['type']!r}")
     arguments = _decode(data["arguments"], {})
+    # Constructors also take a device, which would allocate what the header merely claims.
+    if not set(arguments) <= {*(LAYERS | MAX_POOLS)[cls], "bias"}:
+        raise CheckpointError(f"{name}: {cls.__name__} takes no {', '.join(sorted(set(arguments) - set((LAYERS | MAX_POOLS)[cls])))}")
     # On the meta device a declared size costs no memory; the tensors of the file then have to fit it exactly.
     with torch.device("meta"):
         layer: nn.Module = cls(**arguments)
@@ -258,7 +310,8 @@ def _graph_from_json(nodes: list[Mapping[str, Any]], layers: set[str], constants
         if not isinstance(args, tuple) or not isinstance(kwargs, dict) or not all(_NAME.match(key) for key in kwargs):
             raise CheckpointError(f"node {name}: malformed arguments")
         known[name] = graph.create_node(op, _target(op, target, layers, constants), args, kwargs, name)
-    if [node.op for node in graph.nodes].count("placeholder") != 1 or next(reversed(graph.nodes)).op != "output":
+    operations = [node.op for node in graph.nodes]
+    if operations.count("placeholder") != 1 or operations.count("output") != 1 or next(reversed(graph.nodes)).op != "output":
         raise CheckpointError("the graph must have one input and end with its output")
     return graph
 
@@ -268,7 +321,7 @@ def _target(op: str, target: str, layers: set[str], constants: set[str]) -> str 
         return FUNCTIONS[target].run
     if (op == "call_module" and target in layers) or (op == "get_attr" and target in constants):
         return target
-    if op == "output" or (op == "placeholder" and _NAME.match(target)):
+    if op == "output" or (op == "placeholder" and _NAME.match(target) and not keyword.iskeyword(target) and target != "self"):
         return target
     raise CheckpointError(f"operator {target!r} ({op}) is not one that a spiking network may hold")
 

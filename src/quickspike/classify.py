@@ -64,6 +64,7 @@ class Verdict:
 
 DEFAULT_WAY_OUT = "replace it by a supported operator (docs/operators.md) and fine-tune, or convert only the part that has none"
 WAYS_OUT: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("with_indices",), "leave the indices out; where unpooling needs them, use average pooling"),
     (("softmax", "sigmoid", "logsoftmax"), "at the output: return the logits, the readout averages them; elsewhere: use a ReLU network"),
     (
         ("gelu", "silu", "swish", "mish", "elu", "prelu", "leaky", "tanh", "softplus"),
@@ -154,7 +155,10 @@ class _Classifier:
         operator = _operator(node, self.module)
         if self.sizes.failure and self.sizes.failure[0] == node.name:
             return refuse(operator, f"fails on another batch size: {self.sizes.failure[1]}", "let it accept any batch size")
-        if self.sizes.kinds[node.name] == "mixed":
+        lost = self.sizes.kinds[node.name] == "static" and any(
+            self.sizes.kinds[p.name] in ("batched", "other") for p in node.all_input_nodes
+        )
+        if self.sizes.kinds[node.name] == "mixed" or lost:
             reason = "moves the batch axis away from axis 0, or mixes samples"
             return refuse(operator, reason, "keep the batch on axis 0 and treat samples apart")
         return None
@@ -250,7 +254,9 @@ class _Classifier:
         def make() -> fx.Node:
             if function.name == "reshape":
                 return self.graph.call_function(function.run, _reshape_args(node, self.sizes))
-            return self.graph.call_function(function.run, _plain_args(node, function.name), dict(node.kwargs))
+            # The arithmetic of the operator module takes no keywords; alpha=1 and rounding_mode=None may be left out.
+            kwargs = {} if function.run.__module__ == "_operator" else dict(node.kwargs)
+            return self.graph.call_function(function.run, _plain_args(node, function.name), kwargs)
 
         return Verdict("analog", edit=lambda: self._replace(node, make))
 
@@ -258,14 +264,20 @@ class _Classifier:
         """Why this call is not affine in the signal, with the way out; None if it is."""
         parents = [arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, fx.Node)]
         signals = [arg for arg in parents if self.sizes.kinds[arg.name] == "batched"]
+        if name == "floordiv" or node.kwargs.get("rounding_mode") is not None:
+            return "rounds, which is not affine", DEFAULT_WAY_OUT
+        if name != "reshape" and any(self.sizes.kinds[arg.name] == "batch_size" for arg in node.all_input_nodes):
+            return "uses the batch size as a value", "use a constant; time is folded into the batch"
+        if name == "squeeze" and (len(node.args) + len(node.kwargs) < 2):
+            return "drops the batch axis of a single sample", "name the axes, for example squeeze(-1)"
         if name == "mul" and len(signals) > 1:
             return "multiplies two signals", "gates have no exact spiking form; remove the gate and fine-tune"
         if name == "div" and isinstance(node.args[1], fx.Node) and node.args[1] in signals:
             return "divides by a signal", "divide by a constant"
         if (name == "linear" or name.startswith("conv")) and any(arg in signals for arg in parents[1:]):
             return "its weights depend on the input", "use fixed weights"
-        if name == "add" and node.kwargs.get("alpha", 1) != 1:
-            return "add with alpha", "multiply before adding"
+        if name in ("add", "sub") and node.kwargs.get("alpha", 1) != 1:
+            return f"{name} with alpha", "multiply before adding"
         if name == "getitem" and isinstance(node.args[1], fx.Node):
             return "indexes with a tensor", "use slices of fixed bounds"
         if node.kwargs.get("dtype") is not None or node.kwargs.get("out") is not None:
@@ -279,6 +291,10 @@ class _Classifier:
     def _site(self, node: fx.Node, function: str, ceiling: float | None, module_name: str = "") -> Verdict:
         if function == "":
             return refuse("Hardtanh", "only a lower bound of 0 is a neuron", "use nn.Hardtanh(0, c) or nn.ReLU6")
+        if self.sizes.kinds[node.name] == "static":
+            return refuse(function, "acts on a parameter, not on a signal", "compute it once, and keep the result as the parameter")
+        if len(self.sizes.shapes.get(node.name, (0, 0))) < 2:
+            return refuse(function, "acts on one number per sample without an axis of channels", "keep the axis: [B, 1]")
 
         def make() -> fx.Node:
             call = self.graph.call_function(activate, (node.args[0],))
@@ -309,6 +325,12 @@ class _Classifier:
         """`x.size(i)` and `x.shape` become shape(x); sizes that nobody reads any more disappear."""
         self.graph.eliminate_dead_code()
         shape = FUNCTIONS["shape"].run
+        for node in self.graph.nodes:
+            # numel() and its like are no operators of a spiking network; what follows from them is a constant.
+            others = (n.op == "call_method" and n.target != "size" for n in (node, *node.all_input_nodes))
+            if node.name in self.sizes.numbers and any(others):
+                node.replace_all_uses_with(self.sizes.numbers[node.name])
+        self.graph.eliminate_dead_code()
         for node in self.graph.nodes:
             if not _is_size(node, self.sizes):
                 continue
@@ -353,6 +375,8 @@ def _reshape_args(node: fx.Node, sizes: Sizes) -> tuple[Any, ...]:
     dims: Any = node.args[1:] if len(node.args) > 1 else (node.kwargs["shape"],)
     if len(dims) == 1 and isinstance(dims[0], (tuple, list)):
         dims = tuple(dims[0])
-    tail = list(dims[1:])
     result = sizes.shapes[node.name]
+    if len(dims) == 1 and isinstance(dims[0], fx.Node) and len(result) > 1:
+        dims = result  # view(x.shape), view(x.shape[:2] + (-1,))
+    tail = list(dims[1:])
     return (node.args[0], (-1, *(result[i + 1] if size == -1 else size for i, size in enumerate(tail))))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -231,7 +232,7 @@ def evaluate(
 ) -> None:
     """Measure a spiking network on test images: accuracy after each number of steps, and firing rates."""
     from quickspike.checkpoint import load
-    from quickspike.data import Statistics
+    from quickspike.errors import OptionError
     from quickspike.evaluation import evaluate as measure
     from quickspike.files import check_writable, write_text
     from quickspike.models import load_model
@@ -240,9 +241,10 @@ def evaluate(
     for path in filter(None, (out, plot)):
         check_writable(path)
     snn = load(network)
+    if weights is not None and reference is None:
+        raise OptionError("--weights are those of the source network; name it with --reference")
     source = None if reference is None else load_model(reference, weights)
-    saved = snn.provenance.get("statistics")
-    data_set = data.load(Statistics(tuple(saved["mean"]), tuple(saved["std"])) if saved else None)
+    data_set = data.load(_saved_statistics(snn.provenance.get("statistics")))
     loader = _Tracked(data_set.loader("test", limit=images), "evaluating")
     report = measure(snn, loader, source, steps, device=device, precision=precision)
     if out is not None:
@@ -253,6 +255,19 @@ def evaluate(
         _print_json(report.to_json())
     else:
         _show(report_tables(report))
+
+
+def _saved_statistics(saved: Any) -> Statistics | None:
+    """What `convert` kept; provenance is free-form, so it may also be something else."""
+    from quickspike.data import Statistics
+    from quickspike.errors import CheckpointError
+
+    if saved is None:
+        return None
+    try:
+        return Statistics(tuple(map(float, saved["mean"])), tuple(map(float, saved["std"])))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the network's own statistics are unusable ({saved!r}); give --mean and --std") from error
 
 
 # Output
@@ -321,6 +336,11 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="quickspike: %(message)s", level=logging.WARNING)
     try:
         _dispatch(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has left (`| head`); the interpreter would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write("\nquickspike: interrupted; no file was left half-written\n")
         sys.exit(130)

@@ -148,7 +148,8 @@ def to_spiking(ann: Traced, method: Method, provenance: Mapping[str, Any], surro
     if signals[output] != "timed":
         raise ConversionError(f"{ann.name}: the output does not depend on any neuron")
     module.graph.lint()
-    module.recompile()
+    # A new GraphModule holds its layers in the order of the graph, as every copy and every loaded network does.
+    module = fx.GraphModule(module, module.graph, type(module).__name__)
     return SpikingNetwork(module, ann.sites, method.steps, ann.example_shape, method.to_json(), provenance)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ def image_batches(source: Batches) -> Iterator[Tensor]:
     Raises:
         DataError: an element holds no image tensor.
     """
-    for images, _ in labelled_batches(source):
+    for images, _ in _raw_batches(source):
         yield images
 
 
@@ -41,29 +42,43 @@ def labelled_batches(source: Batches) -> Iterator[tuple[Tensor, Tensor | None]]:
     Raises:
         DataError: an element is neither a tensor, a (tensor, labels) pair nor a dict with a known key.
     """
+    for number, (images, labels) in enumerate(_raw_batches(source), 1):
+        try:
+            yield images, None if labels is None else torch.as_tensor(labels)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"batch {number}: its labels are no whole numbers ({error})") from error
+
+
+def _raw_batches(source: Batches) -> Iterator[tuple[Any, Any]]:
     if isinstance(source, Tensor):
+        check_batch(source, "the image batch")
         source = torch.split(source, BATCH)
     try:
         iterator = iter(source)
     except TypeError:
         kind = type(source).__name__
         raise DataError(f"expected a tensor or an iterable of batches, got {kind}; wrap a Dataset in a DataLoader") from None
-    for batch in iterator:
-        yield _split(batch)
+    for number, batch in enumerate(iterator, 1):
+        yield _split(batch, number)
 
 
-def _split(batch: Any) -> tuple[Tensor, Tensor | None]:
+def _split(batch: Any, number: int) -> tuple[Any, Any]:
     if isinstance(batch, Tensor):
         return batch, None
     if isinstance(batch, Mapping):
         image_key = next((key for key in IMAGE_KEYS if key in batch), None)
         if image_key is None:
-            raise DataError(f"a batch is a dict with keys {sorted(map(str, batch))}; expected one of {', '.join(IMAGE_KEYS)}")
+            raise DataError(f"batch {number} is a dict with keys {sorted(map(str, batch))}; expected one of {', '.join(IMAGE_KEYS)}")
         label_key = next((key for key in LABEL_KEYS if key in batch), None)
-        return batch[image_key], None if label_key is None else torch.as_tensor(batch[label_key])
+        return batch[image_key], None if label_key is None else batch[label_key]
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
-        return batch[0], torch.as_tensor(batch[1]) if len(batch) > 1 else None
-    raise DataError(f"a batch is a {type(batch).__name__}; expected a tensor, a (tensor, labels) pair or a dict")
+        return batch[0], batch[1] if len(batch) > 1 else None
+    raise DataError(f"batch {number} is a {type(batch).__name__}; expected a tensor, a (tensor, labels) pair or a dict")
+
+
+def _is_one_shot(source: Batches) -> bool:
+    """True for an iterator, and for an object that hands out the same one at every call."""
+    return isinstance(source, Iterator) or (not isinstance(source, (Tensor, DataLoader, list, tuple)) and iter(source) is iter(source))
 
 
 class ImageStream:
@@ -86,7 +101,7 @@ class ImageStream:
         if self.first is None:
             raise DataError("the calibration data is empty; give at least one batch of images")
         check_batch(self.first, "calibration batch 1")
-        if isinstance(source, Iterator):
+        if _is_one_shot(source):
             self._one_shot = itertools.chain([self.first], iterator)
 
     @property
@@ -98,7 +113,7 @@ class ImageStream:
     def __iter__(self) -> Iterator[Tensor]:
         assert self.first is not None  # noqa: S101 - __init__ raises otherwise
         batches = image_batches(self._source)
-        if isinstance(self._source, Iterator):
+        if _is_one_shot(self._source):
             if self._one_shot is None:
                 raise DataError("the calibration data is a generator and was used up; give a list or a DataLoader")
             batches, self._one_shot = self._one_shot, None
@@ -134,6 +149,10 @@ class Statistics:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        if not all(map(math.isfinite, (*self.mean, *self.std))) or not all(value > 0 for value in self.std):
+            raise DataError(f"mean and std must be finite and std > 0, got mean={self.mean}, std={self.std}")
+
 
 IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 STATISTICS = {
@@ -166,12 +185,12 @@ class Images(Dataset[tuple[Tensor, int]]):
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3):
             shape = f"{pixels.dtype} {list(pixels.shape)}"
             raise DataError(f"{where}: images must be uint8 [N, H, W] or [N, H, W, C] with C = 1 or 3, got {shape}")
-        if len(labels) != len(pixels) or labels.ndim != 1 or labels.dtype.kind not in "iu":
+        if labels.ndim != 1 or len(labels) != len(pixels) or labels.dtype.kind not in "iu":
             raise DataError(f"{where}: labels must be {len(pixels)} whole numbers, got {labels.dtype} {list(labels.shape)}")
-        if len(pixels) == 0:
+        if pixels.size == 0:
             raise DataError(f"{where}: holds no images")
-        if labels.min() < 0:
-            raise DataError(f"{where}: labels must be >= 0, found {labels.min()}")
+        if labels.min() < 0 or labels.max() >= 2**31:
+            raise DataError(f"{where}: labels must be >= 0 and below 2^31, found {labels.min()}..{labels.max()}")
         channels = pixels.shape[3]
         if len(statistics.mean) not in (1, channels) or len(statistics.std) not in (1, channels):
             raise DataError(f"{where}: images have {channels} channel(s), but {len(statistics.mean)} mean(s) were given")
@@ -204,10 +223,12 @@ class DataSet:
 
     def loader(self, split: str, batch_size: int = BATCH, limit: int | None = None) -> DataLoader[Any]:
         """Batches of a split ("train" or "test") in their stored order, the first `limit` images if given."""
-        images: Dataset[tuple[Tensor, int]] = {"train": self.train, "test": self.test}[split]
+        if split not in ("train", "test"):
+            raise DataError(f"a split is train or test, got {split!r}")
+        images = self.train if split == "train" else self.test
         if limit is not None:
             size = len(images)  # type: ignore[arg-type]
-            if limit > size:
+            if not 1 <= limit <= size:
                 raise DataError(f"{self.name}: asked for {limit} {split} images, it holds {size}")
             images = torch.utils.data.Subset(images, range(limit))
         return DataLoader(images, batch_size=batch_size)
@@ -226,7 +247,9 @@ def load_data(name: str, data_dir: str | Path | None = None, statistics: Statist
         UnknownNameError: no such data set.
         DataError: files are missing or unusable.
     """
-    kind, _, path = name.partition(":")
+    kind, colon, path = name.partition(":")
+    if bool(colon) != (kind in ("npz", "imagefolder")):
+        raise UnknownNameError("data set", name, NAMES)
     if kind == "digits":
         return _digits(statistics or STATISTICS[kind])
     if kind == "npz":
@@ -252,7 +275,7 @@ def _digits(statistics: Statistics) -> DataSet:
 
 def _npz(path: Path, statistics: Statistics | None) -> DataSet:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
@@ -265,6 +288,10 @@ def _npz(path: Path, statistics: Statistics | None) -> DataSet:
     train = Images(arrays["train_images"], arrays["train_labels"], statistics, f"{path}: train")
     test = Images(arrays["test_images"], arrays["test_labels"], statistics, f"{path}: test")
     names = tuple(map(str, arrays["class_names"])) if "class_names" in arrays else ()
+    if train.pixels.shape[1:] != test.pixels.shape[1:]:
+        raise DataError(f"{path}: train images are {list(train.pixels.shape[1:])}, test images {list(test.pixels.shape[1:])}")
+    if names and int(max(train.labels.max(), test.labels.max())) >= len(names):
+        raise DataError(f"{path}: {len(names)} class_names, but a label of {int(max(train.labels.max(), test.labels.max()))}")
     return DataSet(f"npz:{path}", train, test, statistics, names)
 
 
@@ -278,8 +305,8 @@ def _torchvision(kind: str, data_dir: str | Path | None, statistics: Statistics,
     for train in (True, False):
         try:
             source = classes[kind](str(data_dir), train=train, download=download)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(f"{kind} is not in {data_dir} ({reason}); add --download, or give npz:PATH") from error
         parts.append(Images(np.asarray(source.data), np.asarray(source.targets), statistics, f"{kind} in {data_dir}"))
     return DataSet(kind, parts[0], parts[1], statistics, tuple(source.classes))
@@ -289,6 +316,8 @@ def _image_folder(path: Path, statistics: Statistics) -> DataSet:
     from torchvision import datasets
     from torchvision.transforms import v2
 
+    if len(statistics.mean) not in (1, 3) or len(statistics.std) not in (1, 3):
+        raise DataError(f"{path}: images have 3 channels, but {len(statistics.mean)} mean(s) were given")
     pixels = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     transform = v2.Compose([v2.Resize(256), v2.CenterCrop(224), pixels, v2.Normalize(statistics.mean, statistics.std)])
     parts = []
@@ -297,7 +326,19 @@ def _image_folder(path: Path, statistics: Statistics) -> DataSet:
         if folder is None:
             raise DataError(f"{path}: needs the folders train and test (or val), each with one folder per class")
         try:
-            parts.append(datasets.ImageFolder(str(folder), transform))
+            parts.append(datasets.ImageFolder(str(folder), transform, loader=_picture))
         except FileNotFoundError as error:
             raise DataError(f"{folder}: {str(error).splitlines()[0]}") from error
+    if parts[0].classes != parts[1].classes:
+        strange = sorted(set(parts[0].classes) ^ set(parts[1].classes))
+        raise DataError(f"{path}: the splits hold different classes: {', '.join(strange)} in one only")
     return DataSet(f"imagefolder:{path}", parts[0], parts[1], statistics, tuple(parts[0].classes))
+
+
+def _picture(path: str) -> Any:
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(path)
+    except OSError as error:
+        raise DataError(f"{path}: not a picture that can be read ({error})") from error

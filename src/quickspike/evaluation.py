@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -124,9 +126,19 @@ def _check_labels(images: Tensor, labels: Tensor | None, number: int) -> None:
     check_batch(images, f"evaluation batch {number}")
     if labels is None:
         raise DataError(f"evaluation batch {number} has no labels; give (images, labels) pairs")
-    if labels.shape != images.shape[:1] or labels.is_floating_point():
+    if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         expected = f"{len(images)} whole numbers"
         raise DataError(f"evaluation batch {number}: labels must be {expected}, got {labels.dtype} {list(labels.shape)}")
+
+
+def _fitting(forward: Callable[[], Any], what: str, images: Tensor, number: int) -> Any:
+    try:
+        return forward()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"evaluation batch {number}: {what} cannot take images {list(images.shape)}: {reason}") from error
 
 
 class _Tally:
@@ -146,7 +158,7 @@ class _Tally:
     def add(self, images: Tensor, labels: Tensor, number: int) -> None:
         """Count one batch, simulated in chunks that bound the memory."""
         for part, part_labels in self._chunks(images, labels):
-            run = simulate(self.network, part)
+            run = _fitting(partial(simulate, self.network, part), "the spiking network", part, number)
             if run.logits.ndim != 3:
                 raise DataError(f"the network gives {list(run.logits.shape[1:])} per batch; accuracy needs logits [B, K]")
             classes = run.logits.shape[2]
@@ -160,7 +172,11 @@ class _Tally:
                 self.spikes[site] = self.spikes.get(site, 0) + int(counts.sum())
                 self.neurons[site] = counts[0].numel()
             if self.source is not None:
-                answer = self.source(part).argmax(1)
+                logits = _fitting(partial(self.source, part), "the reference", part, number)
+                if logits.shape != run.logits.shape[1:]:
+                    shapes = f"{list(logits.shape)}, the spiking network {list(run.logits.shape[1:])}"
+                    raise DataError(f"the reference gives logits {shapes}; they must have the same classes")
+                answer = logits.argmax(1)
                 self.reference_right += int((answer == part_labels).sum())
                 self.agree += (chosen == answer).sum(1).cpu()
 
@@ -182,8 +198,8 @@ class _Tally:
             reference_accuracy=None if self.source is None else 100 * self.reference_right / self.samples,
             agreement={} if self.source is None else percent(self.agree),
             rates={site: total / (self.neurons[site] * slots) for site, total in self.spikes.items()},
-            method=snn.method,
-            provenance=snn.provenance,
+            method=copy.deepcopy(snn.method),
+            provenance=copy.deepcopy(snn.provenance),
             seconds=seconds,
             settings=settings,
         )

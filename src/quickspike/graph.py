@@ -91,7 +91,13 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
     move_max_pools(captured.module)
     calls = _name_sites(captured.module)
     recorder = run_recorded(captured.module, captured.example)
-    _verify(captured, recorder.result)
+    if recorder.failed:
+        raise TraceError(f"{captured.name}: the rewritten graph does not run at {recorder.failed[0]}: {recorder.failed[1]}")
+    _verify(captured, captured.expected, recorder.result)
+    # An example of zeros or of positive values hides what an in-place operation on an alias does.
+    noise = _noise(captured.example)
+    with torch.no_grad():
+        _verify(captured, captured.source(noise.clone()), captured.module(noise))
     sites = tuple(
         Site(str(call.target), call.meta["function"], call.meta["ceiling"], recorder.values[call.name][1:], source_of(call))
         for call in calls
@@ -187,10 +193,15 @@ def _set_module(module: fx.GraphModule, name: str, new: nn.Module) -> None:
         parent.add_module(leaf, new)
 
 
-def _verify(captured: Captured, got: Tensor) -> None:
+def _noise(example: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn((2, *example.shape[1:]), generator=generator, dtype=torch.float32).to(example)
+
+
+def _verify(captured: Captured, expected: Tensor, got: Tensor) -> None:
     """The graph must compute what the source network computes; this catches aliasing that a recording cannot see."""
-    scale = max(float(captured.expected.abs().max()), 1e-12)
-    error = float((got - captured.expected).abs().max()) / scale if got.shape == captured.expected.shape else float("inf")
+    scale = max(float(expected.abs().max()), 1e-12)
+    error = float((got - expected).abs().max()) / scale if got.shape == expected.shape else float("inf")
     tolerance = 1e-3 if captured.example.dtype in (torch.float32, torch.float64) else 5e-2
     if not error <= tolerance:
         raise TraceError(

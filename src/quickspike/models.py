@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import importlib.util
-from collections.abc import Callable, Mapping
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -79,7 +84,10 @@ def _torchvision(name: str) -> nn.Module:
     if name not in models.list_models():
         raise UnknownNameError("torchvision model", name, models.list_models())
     # Inception and GoogLeNet warn about their initialisation and add training heads unless told otherwise.
-    extra = {"init_weights": True, "aux_logits": False} if name == "googlenet" else {}
+    extra: dict[str, Any] = {"init_weights": True, "aux_logits": False} if name == "googlenet" else {}
+    # Detection and segmentation networks would otherwise download weights for their backbone.
+    if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+        extra["weights_backbone"] = None
     model: nn.Module = models.get_model(name, weights=None, **extra)
     return model
 
@@ -96,24 +104,36 @@ def _timm(name: str) -> nn.Module:
 
 
 def _from_file(file: Path, factory: str) -> nn.Module:
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    spec = importlib.util.spec_from_file_location(f"quickspike model file {file.stem}", file)
     if not file.is_file() or spec is None or spec.loader is None:
         raise ModelError(f"{file}: no such Python file")
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        with _known(module):
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
         raise ModelError(f"{file} fails to run: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, factory, None)):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UnknownNameError(f"factory in {file}:", factory, known)
     try:
-        model = getattr(module, factory)()
-    except Exception as error:
+        with _known(module):
+            model = getattr(module, factory)()
+    except (Exception, SystemExit) as error:
         raise ModelError(f"{file}:{factory}() fails: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{file}:{factory}() must return a torch.nn.Module, it returned a {type(model).__name__}")
     return model
+
+
+@contextlib.contextmanager
+def _known(module: ModuleType) -> Iterator[None]:
+    """Dataclasses look up their module by name while it runs."""
+    sys.modules[module.__name__] = module
+    try:
+        yield
+    finally:
+        del sys.modules[module.__name__]
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -130,6 +150,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise ModelError(f"{path}: holds more than tensors; save model.state_dict()")
     try:
+        # load_state_dict copies what fits before it complains about the rest.
+        copy.deepcopy(model).load_state_dict(state)
         model.load_state_dict(state)
     except RuntimeError as error:
         problems = [line.strip() for line in str(error).splitlines()[1:]]
@@ -146,7 +168,7 @@ def _read_state(path: Path) -> dict[str, Any]:
             return dict(load_file(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ModelError(f"{path}: not a file of weights that can be read without running code ({reason})") from error
     if not isinstance(state, Mapping):
         raise ModelError(f"{path}: holds a {type(state).__name__}; save model.state_dict()")

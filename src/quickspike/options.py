@@ -23,15 +23,19 @@ class Option:
     low_open: bool = False
     """True: `low` itself is not allowed."""
 
+    @staticmethod
+    def _number(value: float | None) -> str:
+        return "" if value is None else str(int(value)) if float(value).is_integer() else f"{value:g}"
+
     def range_text(self) -> str:
         """The allowed interval in words, "" if any value goes."""
         if self.low is None and self.high is None:
             return ""
         if self.high is None:
-            return f"{'>' if self.low_open else '>='} {self.low:g}"
+            return f"{'>' if self.low_open else '>='} {self._number(self.low)}"
         if self.low is None:
-            return f"<= {self.high:g}"
-        return f"{'(' if self.low_open else '['}{self.low:g}, {self.high:g}]"
+            return f"<= {self._number(self.high)}"
+        return f"{'(' if self.low_open else '['}{self._number(self.low)}, {self._number(self.high)}]"
 
     def describe(self) -> str:
         """Help, unit and range in one line, for `--help` and the docs."""

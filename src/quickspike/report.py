@@ -17,16 +17,15 @@ from quickspike.options import options_of
 
 
 def accuracy_table(reports: Mapping[str, Report]) -> Table:
-    """One row per network, one column per number of steps, the source network's accuracy last."""
+    """One row per number of steps, one column per network, the source network's accuracy last: fits a narrow terminal."""
     first = next(iter(reports.values()))
     table = Table(title=f"accuracy in % on {first.samples} images, after T steps")
-    table.add_column("method")
+    table.add_column("")
+    for name in reports:
+        table.add_column(name, justify="right", overflow="fold")
     for step in first.steps:
-        table.add_column(f"T = {step}", justify="right")
-    table.add_column("source network", justify="right")
-    for name, report in reports.items():
-        cells = [f"{report.accuracy[step]:.2f}" for step in report.steps]
-        table.add_row(name, *cells, _percent(report.reference_accuracy))
+        table.add_row(f"T = {step}", *(f"{report.accuracy[step]:.2f}" for report in reports.values()))
+    table.add_row("source network", *(_percent(report.reference_accuracy) for report in reports.values()))
     return table
 
 
@@ -37,7 +36,7 @@ def report_tables(report: Report) -> RenderableType:
         shares = ", ".join(f"T = {step}: {share:.2f} %" for step, share in report.agreement.items())
         parts.append(Text(f"same class as the source network: {shares}"))
     table = Table(title="spikes per neuron and step")
-    table.add_column("site")
+    table.add_column("site", overflow="fold")
     table.add_column("rate", justify="right")
     for site, rate in report.rates.items():
         table.add_row(site, f"{rate:.4f}")

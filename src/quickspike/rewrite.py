@@ -49,8 +49,17 @@ def _fused(module: fx.GraphModule, before: fx.Node, norm: Any, sizes: Sizes) -> 
     if type(layer) in _CONVOLUTIONS or (type(layer) in _TRANSPOSED and layer.groups == 1):
         return cast(nn.Module, fuse_conv_bn_eval(layer, norm, transpose=type(layer) in _TRANSPOSED))
     if type(layer) is nn.Linear and len(sizes.shapes[before.name]) == 2:
-        return cast(nn.Module, fuse_linear_bn_eval(layer, norm))
+        return cast(nn.Module, fuse_linear_bn_eval(layer, _with_scale(norm)))
     return None
+
+
+def _with_scale(norm: Any) -> Any:
+    """A batch norm without gamma and beta as one that has them: fuse_linear_bn_eval knows no other."""
+    if norm.affine:
+        return norm
+    full = type(norm)(norm.num_features, norm.eps).to(norm.running_mean).eval().requires_grad_(False)
+    full.running_mean, full.running_var = norm.running_mean, norm.running_var
+    return full
 
 
 def _affine(norm: Any) -> Affine:
@@ -73,7 +82,7 @@ def move_max_pools(module: fx.GraphModule) -> None:
     """
     for node in list(module.graph.nodes):
         if type(_layer(module, node)) in MAX_POOLS:
-            moved = _pulled(module.graph, node, node.args[0])
+            moved = _pulled(module, node, node.args[0])
             if moved is not None:
                 node.replace_all_uses_with(moved)
                 module.graph.erase_node(node)
@@ -81,16 +90,17 @@ def move_max_pools(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _pulled(graph: fx.Graph, pool: fx.Node, signal: Any) -> fx.Node | None:
+def _pulled(module: fx.GraphModule, pool: fx.Node, signal: Any) -> fx.Node | None:
     """pool(signal) with the pool in front of the activations that `signal` consists of; None if there are none."""
+    graph = module.graph
     if signal.target is activate:
         with graph.inserting_before(pool):
             pooled = graph.call_module(str(pool.target), (signal.args[0],))
             moved = graph.call_function(activate, (pooled,))
         moved.meta.update(signal.meta)
         return moved
-    if signal.target is torch.cat and _axis(signal) == 1:
-        parts = [_pulled(graph, pool, part) for part in signal.args[0]]
+    if signal.target is torch.cat and _axis(signal) in (1, -_dimensions(module, pool) - 1):
+        parts = [_pulled(module, pool, part) for part in signal.args[0]]
         if all(part is None for part in parts):
             return None
         with graph.inserting_before(pool):
@@ -98,6 +108,11 @@ def _pulled(graph: fx.Graph, pool: fx.Node, signal: Any) -> fx.Node | None:
             pooled_parts = [part if part is not None else graph.call_module(str(pool.target), (old,)) for part, old in pairs]
             return graph.call_function(torch.cat, (pooled_parts, 1))
     return None
+
+
+def _dimensions(module: fx.GraphModule, pool: fx.Node) -> int:
+    """2 for MaxPool2d, whose channels are axis -3."""
+    return int(type(_layer(module, pool)).__name__[-2])
 
 
 def _axis(cat: fx.Node) -> object:
