@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 Granularity = Literal["channel", "layer"]
 
 BINS = 2048
-CANDIDATES = 128
+CANDIDATES = 256
 SMALLEST_SHARE = 1e-3
 """A channel that calibration saw (almost) silent gets this share of the layer's largest ceiling, not 0."""
 
@@ -90,10 +90,10 @@ class StreamingHistogram:
         sum z n = sum_k sum_{z >= e_k} z and sum n^2 = sum_k (2k - 1) #{z >= e_k}, so that tails of the histogram
         suffice and the cost does not depend on the number of bins.
         """
+        tails = self._tails()
         level = torch.arange(1, steps + 1, dtype=torch.float64)
         best = torch.zeros_like(self.maximum)
         least = torch.full_like(best, torch.inf)
-        tails = self._tails()
         for share in torch.arange(CANDIDATES, 0, -1, dtype=torch.float64) / CANDIDATES:
             height = share * self.maximum / steps
             number, total = self._beyond((level - initial) * height[:, None], tails)

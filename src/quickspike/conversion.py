@@ -133,6 +133,7 @@ def to_spiking(ann: Traced, method: Method, provenance: Mapping[str, Any], surro
         ConversionError: no path from input to output passes a neuron.
     """
     module = ann.copy_module()
+    like = next((tensor for tensor in module.parameters() if tensor.is_floating_point()), torch.empty(0))
     signals: dict[fx.Node, Signal] = {}
     names = {site.name: site for site in ann.sites}
     for node in list(module.graph.nodes):
@@ -141,7 +142,7 @@ def to_spiking(ann: Traced, method: Method, provenance: Mapping[str, Any], surro
             site = names[str(node.target)]
             constant = signals[node.args[0]] == "constant"
             parameters = method.neuron(site, ann.at(site))
-            module.set_submodule(site.name, Neuron(parameters, method.steps, constant, surrogate))
+            module.set_submodule(site.name, Neuron(parameters, method.steps, constant, surrogate).to(like))
         elif signals[node] == "timed" and node.op != "output":
             _enter_time(module, node, signals, method.steps)
     output = next(node for node in module.graph.nodes if node.op == "output")
