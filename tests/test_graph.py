@@ -1545,3 +1545,10 @@ def test_random_networks_equal_their_source(channels, layers, seed):
     traced = faithful(net, images(2, seed=seed))
     assert len(traced.sites) >= 1 + sum(block[0] != "dense" for block, _ in layers)
     spiking(net, images(2, seed=seed), steps=2)
+
+
+def test_wrappers_are_seen_through():
+    net = Parts().eval()
+    source = faithful(net, images(2, 3, 2))
+    for wrapped in (nn.DataParallel(net), torch.compile(net, backend="eager")):
+        assert [site.name for site in qs.trace(wrapped, images(2, 3, 2)).sites] == [site.name for site in source.sites]

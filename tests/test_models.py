@@ -378,3 +378,9 @@ def test_refused_weights_leave_the_model_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         load_weights(model, path)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_model_file_can_import_its_neighbours(tmp_path):
+    (tmp_path / "quickspike_test_layers.py").write_text("from torch import nn\n\n\ndef layer():\n    return nn.Linear(2, 2)\n")
+    (tmp_path / "net.py").write_text("from quickspike_test_layers import layer\n\n\ndef make():\n    return layer()\n")
+    assert isinstance(load_model(f"{tmp_path}/net.py:make"), nn.Linear)

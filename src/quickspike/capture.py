@@ -47,6 +47,7 @@ def capture(model: nn.Module, example: Tensor) -> Captured:
         TraceError: the forward pass depends on the data or cannot be recorded.
     """
     check_batch(example, "the example")
+    model = _unwrapped(model)
     name = type(model).__name__
     private = copy_of(model)
     parameter = next(private.parameters(), None)
@@ -60,6 +61,14 @@ def capture(model: nn.Module, example: Tensor) -> Captured:
     _make_functional(module)
     _drop_asserts(module)
     return Captured(module, private, example, expected, name)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside torch.compile's or a data-parallel wrapper."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return _unwrapped(model.module)
+    inside = getattr(model, "_orig_mod", None)
+    return _unwrapped(inside) if isinstance(inside, nn.Module) else model
 
 
 def copy_of(model: nn.Module) -> nn.Module:

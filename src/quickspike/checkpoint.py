@@ -25,7 +25,7 @@ from quickspike.conversion import SpikingNetwork
 from quickspike.errors import CheckpointError
 from quickspike.files import whole_file
 from quickspike.graph import Site
-from quickspike.neuron import AccumulatedMaxPool, Neuron, NeuronParameters, Repeat, Surrogate
+from quickspike.neuron import MAX_STEPS, AccumulatedMaxPool, Neuron, NeuronParameters, Repeat, Surrogate
 from quickspike.operators import FUNCTION_NAMES, FUNCTIONS, LAYERS, MAX_POOLS, layer_arguments
 
 FORMAT = 1
@@ -199,8 +199,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _build(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SpikingNetwork:
     steps = header["steps"]
-    if type(steps) is not int or steps < 1:
-        raise CheckpointError(f"steps must be a whole number >= 1, got {steps!r}")
+    if type(steps) is not int or not 1 <= steps <= MAX_STEPS:
+        raise CheckpointError(f"steps must be a whole number in [1, {MAX_STEPS}], got {steps!r}")
     root, left = nn.Module(), dict(tensors)
     for name, layer in header["layers"].items():
         own = {key.removeprefix(f"{name}."): left.pop(key) for key in list(left) if key.startswith(f"{name}.")}

@@ -158,8 +158,12 @@ def _convert_command(method: type[Method]) -> Callable[..., None]:
         ] = DEFAULT_METHOD,
         weights: Weights = None,
         calibration_images: Annotated[
-            int, Help(metavar="N", help="first N training images, without labels [unit: images; range: >= 1]")
-        ] = 1000,
+            int | None,
+            Help(
+                metavar="N",
+                help="first N training images, without labels; by default 1000, or all if there are fewer [unit: images; range: >= 1]",
+            ),
+        ] = None,
         json: Json = False,
     ) -> None:
         """Convert a trained network with calibration images and save the spiking one."""
@@ -186,7 +190,7 @@ def _options_type(method: type[Method]) -> type:
 
 
 def _convert(
-    model: str, data: DataOptions, method: str, options: dict[str, Any], out: Path, weights: Path | None, images: int, as_json: bool
+    model: str, data: DataOptions, method: str, options: dict[str, Any], out: Path, weights: Path | None, images: int | None, as_json: bool
 ) -> None:
     from quickspike.api import convert_traced
     from quickspike.data import ImageStream
@@ -197,11 +201,13 @@ def _convert(
     from quickspike.models import load_model
 
     chosen = create(method, **options)
-    if images < 1:
-        raise DataError(f"--calibration-images must be >= 1, got {images}")
     check_writable(out)
     source = load_model(model, weights)
     data_set = data.load()
+    if images is not None and images < 1:
+        raise DataError(f"--calibration-images must be >= 1, got {images}")
+    if images is None:
+        images = min(1000, len(data_set.train))  # type: ignore[arg-type]
     stream = ImageStream(_Tracked(data_set.loader("train", limit=images), "calibrating"))
     traced = trace(source, stream.example)
     snn = convert_traced(traced, stream, chosen)

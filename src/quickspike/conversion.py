@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from quickspike.errors import ConversionError, DataError, OptionError
 from quickspike.graph import Site, Traced, swap
 from quickspike.method import Method
-from quickspike.neuron import AccumulatedMaxPool, Neuron, Repeat, Surrogate, Timed, unfold
+from quickspike.neuron import MAX_STEPS, AccumulatedMaxPool, Neuron, Repeat, Surrogate, Timed, unfold
 from quickspike.operators import MAX_POOLS, shape
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ class SpikingNetwork(nn.Module):
 
     def with_steps(self, steps: int) -> SpikingNetwork:
         """A copy that runs for another number of steps; thresholds stay as they were fitted."""
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise OptionError(f"steps must be a whole number >= 1, got {steps!r}")
+        if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= MAX_STEPS:
+            raise OptionError(f"steps must be a whole number in [1, {MAX_STEPS}], got {steps!r}")
         other = copy.deepcopy(self)
         other.steps = steps
         for module in other.modules():

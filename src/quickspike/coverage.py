@@ -20,6 +20,10 @@ MEANING: dict[Status, str] = {
 }
 
 
+SHOWN = 8
+"""Kinds of refused operators that a message names in full; `findings` holds every call."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Finding:
     """One operator of the source network and what becomes of it."""
@@ -63,14 +67,10 @@ class Coverage:
 
     def raise_if_unsupported(self) -> None:
         """Raise UnsupportedOperatorError that names the first findings in full and counts the rest."""
-        bad = self.unsupported
-        if not bad:
-            return
-        kinds = Counter(finding.operator for finding in bad)
-        lines = [f"{self.network} cannot be converted: {len(bad)} unsupported operator call(s)", *_first_of_each(bad)]
-        if len(bad) > len(kinds):
-            lines.append("all: " + ", ".join(f"{kind} x{count}" for kind, count in kinds.most_common()))
-        raise UnsupportedOperatorError("\n  ".join(lines))
+        if self.unsupported:
+            count = len(self.unsupported)
+            title = f"{self.network} cannot be converted: {count} unsupported operator call{'s' if count > 1 else ''}"
+            raise UnsupportedOperatorError("\n".join([title, *self._refusals()]))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `--json`."""
@@ -87,12 +87,15 @@ class Coverage:
         for status, meaning in MEANING.items():
             if counts[status]:
                 lines.append(f"  {counts[status]:4d} {status:<11} {meaning}")
-        lines += [f"  {finding.sentence()}" for finding in self.unsupported]
-        return "\n".join(lines)
+        return "\n".join(lines + self._refusals())
 
-
-def _first_of_each(findings: tuple[Finding, ...]) -> list[str]:
-    first: dict[str, Finding] = {}
-    for finding in findings:
-        first.setdefault(finding.operator, finding)
-    return [finding.sentence() for finding in list(first.values())[:8]]
+    def _refusals(self) -> list[str]:
+        """The first refusal of each kind in full, and how many there are of each."""
+        first: dict[str, Finding] = {}
+        for finding in self.unsupported:
+            first.setdefault(finding.operator, finding)
+        lines = [f"  {finding.sentence()}" for finding in list(first.values())[:SHOWN]]
+        if len(self.unsupported) > min(len(first), SHOWN):
+            kinds = Counter(finding.operator for finding in self.unsupported)
+            lines.append("  all: " + ", ".join(f"{kind} x{count}" for kind, count in kinds.most_common()))
+        return lines

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from torch import nn
 
 from quickspike.errors import ConversionError, OptionError, UnknownNameError
+from quickspike.neuron import MAX_STEPS
 from quickspike.options import option, options_of, validate
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Method(abc.ABC):
     name: ClassVar[str]
     paper: ClassVar[Paper]
 
-    steps: int = option(8, "time steps the spiking network runs for", unit="steps", low=1, high=65536)
+    steps: int = option(8, "time steps the spiking network runs for", unit="steps", low=1, high=MAX_STEPS)
 
     def __post_init__(self) -> None:
         validate(self)

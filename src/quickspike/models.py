@@ -109,7 +109,7 @@ def _from_file(file: Path, factory: str) -> nn.Module:
         raise ModelError(f"{file}: no such Python file")
     module = importlib.util.module_from_spec(spec)
     try:
-        with _known(module):
+        with _known(module, file):
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise ModelError(f"{file} fails to run: {type(error).__name__}: {error}") from error
@@ -117,7 +117,7 @@ def _from_file(file: Path, factory: str) -> nn.Module:
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UnknownNameError(f"factory in {file}:", factory, known)
     try:
-        with _known(module):
+        with _known(module, file):
             model = getattr(module, factory)()
     except (Exception, SystemExit) as error:
         raise ModelError(f"{file}:{factory}() fails: {type(error).__name__}: {error}") from error
@@ -127,12 +127,15 @@ def _from_file(file: Path, factory: str) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _known(module: ModuleType) -> Iterator[None]:
-    """Dataclasses look up their module by name while it runs."""
+def _known(module: ModuleType, file: Path) -> Iterator[None]:
+    """As if the file were run: it can import its neighbours, and dataclasses find their module by name."""
+    folder = str(file.resolve().parent)
     sys.modules[module.__name__] = module
+    sys.path.insert(0, folder)
     try:
         yield
     finally:
+        sys.path.remove(folder)
         del sys.modules[module.__name__]
 
 

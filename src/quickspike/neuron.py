@@ -22,6 +22,9 @@ from quickspike.errors import ConversionError
 
 SurrogateShape = Literal["triangular", "boxcar", "arctan", "sigmoid"]
 
+MAX_STEPS = 65536
+"""More time steps than any network needs; a larger number is a mistake or a hostile file."""
+
 SMALLEST_THRESHOLD = 1e-8
 """A threshold never acts below this: a learned one could otherwise turn negative, and a silent channel's is 0."""
 

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from quickspike.coverage import MEANING, Coverage
+from quickspike.coverage import Coverage
 from quickspike.evaluation import Report
 from quickspike.files import whole_file
 from quickspike.method import Method
@@ -56,7 +56,7 @@ def coverage_tables(coverage: Coverage) -> RenderableType:
     for finding in coverage.findings:
         becomes = Text(finding.status, style=styles.get(finding.status, ""))
         table.add_row(Text(finding.name), finding.operator, becomes, Text(finding.source))
-    return Group(table, Text(str(coverage)), Text(f"({'; '.join(f'{key}: {value}' for key, value in MEANING.items())})", style="dim"))
+    return Group(table, Text(str(coverage)))
 
 
 def method_table(methods: Mapping[str, type[Method]]) -> Table:
