@@ -435,9 +435,25 @@ SHAPES = {
 }
 
 
+def _records_sizes():
+    """Whether the torch.fx of this torch sees sizes of a tensor among the arguments of a torch function (2.8 does not)."""
+    try:
+        torch.fx.symbolic_trace(lambda x: torch.reshape(x, (x.size(0), -1)))
+    except TypeError:
+        return False
+    return True
+
+
+SIZES_TO_FUNCTIONS = {"torch.reshape", "torch.reshape(shape=)", "F.avg_pool2d(size()[2:])", "F.avg_pool2d(kernel_size=shape)"}
+
+
 @pytest.mark.parametrize("form", SHAPES)
 def test_affine_operators_after_a_site(form):
     operation = SHAPES[form]
+    if form in SIZES_TO_FUNCTIONS and not _records_sizes():
+        with pytest.raises(TraceError, match=r"call the method of the tensor"):
+            qs.trace(between(_after_relu(operation)), images(2))
+        pytest.skip("this torch cannot record sizes given to a torch function; it was refused with the way out")
     net = between(_after_relu(operation))
     assert len(faithful(net).sites) == 1
     spiking(net, steps=2)
@@ -465,7 +481,7 @@ class SizeOfTheInput(nn.Module):
             n, _c, _h, _w = x.shape
         x = torch.relu(self.conv(x))
         x = x.view(n, 4, -1)
-        return self.fc(torch.reshape(x, (n, 256)))
+        return self.fc(x.reshape(n, 256))
 
 
 @pytest.mark.parametrize("how", ["size", "shape", "unpacked"])
@@ -935,7 +951,7 @@ REFUSED = {
     "transpose(0, 1)": (lambda x: F.relu(x).transpose(0, 1).transpose(0, 1), "transpose", "batch"),
     "flatten()": (lambda x: F.relu(x).flatten().view(-1, 256), "flatten", "batch"),
     "cat on axis 0": (lambda x: torch.cat([F.relu(x), x])[: x.size(0)], "cat", "batch"),
-    "chunk on axis 0": (lambda x: torch.cat(F.relu(x).repeat(2, 1, 1, 1).chunk(2), 1), "repeat", "batch|operator"),
+    "chunk on axis 0": (lambda x: F.relu(x).repeat(2, 1, 1, 1).chunk(2)[0], "repeat", "batch|operator"),
     "times the batch size": (lambda x: F.relu(x) * x.size(0), "mul", ""),
     "over the batch size": (lambda x: F.relu(x) / x.shape[0], "div", ""),
     "plus the batch size": (lambda x: F.relu(x) + x.size(0), "add", ""),

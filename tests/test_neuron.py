@@ -318,3 +318,21 @@ def test_accumulated_max_pool_is_the_pool_of_the_sum() -> None:
         stepped.append(pooled)
     assert torch.equal(torch.stack(stepped), out)
     assert torch.equal(layer(frames.flatten(0, 1)).unflatten(0, (steps, batch)), out)
+
+
+@pytest.mark.parametrize(("stored", "acts"), [(1.25, 1.0), (-0.5, 0.0)])
+def test_a_leak_that_training_left_outside_acts_as_the_bound(stored, acts):
+    current = torch.full((4, 1), 0.4)
+    neurons = [Neuron(NeuronParameters(torch.tensor(1.0), leak=leak), 4, constant_input=False) for leak in (0.5, acts)]
+    with torch.no_grad():
+        neurons[0].leak.fill_(stored)
+    assert torch.equal(neurons[0](current), neurons[1](current))
+
+
+def test_a_threshold_of_zero_stays_positive_in_half_precision():
+    neuron = Neuron(NeuronParameters(torch.tensor(0.0)), 2, constant_input=True).half()
+    neuron.requires_grad_()
+    out = neuron(torch.ones(1, 3, dtype=torch.float16))
+    assert int(out.ne(0).sum()) == 6
+    out.sum().backward()
+    assert bool(torch.isfinite(neuron.leak.grad).all())

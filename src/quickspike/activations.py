@@ -48,7 +48,7 @@ class StreamingHistogram:
         """
         values = values.detach()
         peak = values.amax(1).double().cpu()
-        if not bool(torch.isfinite(peak).all()):
+        if not bool(torch.isfinite(values).all()):
             raise DataError("an activation is NaN or infinite; check the network's weights and the calibration images")
         self._make_room(peak)
         channels, bins = self.counts.shape

@@ -139,11 +139,13 @@ def _record(private: nn.Module, name: str) -> fx.Graph:
     try:
         graph = tracer.trace(private, concrete_args=_defaults(private) or None)
     except Exception as error:
-        line = _raising_line(error)
-        raise TraceError(
-            f"the forward pass of {name} cannot be recorded{line}: {_first_line(error)}. "
-            "Way out: no if, loop or int() on tensors or their sizes, no assignment into slices, and every layer an attribute of its module"
-        ) from error
+        where, reason = _raising_line(error), _first_line(error)
+        way_out = "no if, loop or int() on tensors or their sizes, no assignment into slices, and every layer an attribute of its module"
+        if isinstance(error, TypeError) and "must be tuple of ints" in reason:
+            way_out = (
+                "call the method of the tensor (x.reshape) instead of the torch function, or give fixed sizes; newer torch can record this"
+            )
+        raise TraceError(f"the forward pass of {name} cannot be recorded{where}: {reason}. Way out: {way_out}") from error
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     _drop_default_checks(graph, inputs[1:])
     for extra in inputs[1:]:

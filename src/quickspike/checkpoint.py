@@ -311,7 +311,7 @@ def _graph_from_json(nodes: list[Mapping[str, Any]], layers: set[str], constants
             raise CheckpointError(f"node {name}: malformed arguments")
         known[name] = graph.create_node(op, _target(op, target, layers, constants), args, kwargs, name)
     operations = [node.op for node in graph.nodes]
-    if operations.count("placeholder") != 1 or operations.count("output") != 1 or next(reversed(graph.nodes)).op != "output":
+    if operations.count("placeholder") != 1 or operations.count("output") != 1 or operations[-1] != "output":
         raise CheckpointError("the graph must have one input and end with its output")
     return graph
 

@@ -77,7 +77,13 @@ class SpikingNetwork(nn.Module):
         return module
 
     def with_steps(self, steps: int) -> SpikingNetwork:
-        """A copy that runs for another number of steps; thresholds stay as they were fitted."""
+        """A copy that runs for another number of steps.
+
+        Thresholds stay as they were fitted, and `method` keeps the options that they were fitted with.
+
+        Raises:
+            OptionError: steps is no whole number in range.
+        """
         if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= MAX_STEPS:
             raise OptionError(f"steps must be a whole number in [1, {MAX_STEPS}], got {steps!r}")
         other = copy.deepcopy(self)

@@ -78,19 +78,21 @@ class _Fire(torch.autograd.Function):
         return du / theta, d_theta, None, None
 
 
-class _LowerBound(torch.autograd.Function):
-    """max(x, bound); the gradient passes where x is inside, or where it would lead back inside."""
+class _Bounded(torch.autograd.Function):
+    """clamp(x, low, high); the gradient passes where x is inside, or where a step against it leads back inside."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.bound = bound
-        return x.clamp_min(bound)
+        ctx.bounds = low, high
+        return x.clamp(low, high)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        return gradients[0] * ((x >= ctx.bound) | (gradients[0] < 0)), None
+        low, high = ctx.bounds
+        gradient = gradients[0]
+        return gradient * (((x >= low) | (gradient < 0)) & ((x <= high) | (gradient > 0))), None, None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,9 +181,11 @@ class Neuron(Timed):
         return torch.stack(spikes).flatten(0, 1)
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        theta = _LowerBound.apply(self.threshold, SMALLEST_THRESHOLD)
+        smallest = max(SMALLEST_THRESHOLD, torch.finfo(self.threshold.dtype).tiny)
+        theta = _Bounded.apply(self.threshold, smallest, math.inf)
+        leak = _Bounded.apply(self.leak, 0.0, 1.0)
         v = self.initial * theta if state is None else state
-        spike, v = integrate_and_fire(x, v, theta, self.leak, self.strict, self.surrogate)
+        spike, v = integrate_and_fire(x, v, theta, leak, self.strict, self.surrogate)
         return spike * (self.amplitude * theta if self.scaled else self.amplitude), v
 
     def extra_repr(self) -> str:
