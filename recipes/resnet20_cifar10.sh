@@ -5,13 +5,14 @@
 #
 # MODEL.py:FACTORY builds the network (16/32/64 channels, input normalised by the ImageNet mean and deviation), WEIGHTS
 # is its state dict, CIFAR10.npz holds train_images, train_labels, test_images, test_labels as uint8.
-# A run that was stopped goes on where it stopped. Calibration: the first 1,000 training images. About 25 minutes on two CPU cores.
+# Calibration: the first 1,000 training images. A run that was stopped goes on where it stopped. About 25 minutes on two
+# CPU cores; METHODS="..." runs some methods only.
 set -euo pipefail
 model=$1 weights=$2 data=npz:$3 out=${4:-runs/resnet20_cifar10}
 quickspike=${QUICKSPIKE:-.venv/bin/quickspike}
 statistics=(--mean 0.485 0.456 0.406 --std 0.229 0.224 0.225)
 mkdir -p "$out"
-for method in threshold_balancing potential_init; do
+for method in ${METHODS:-threshold_balancing potential_init}; do
     for steps in 1 2 4 8 16 32; do
         [ ! -f "$out/$method-$steps.json" ] || continue
         network=$out/$method-$steps.safetensors

@@ -5,7 +5,11 @@ from torch import nn
 import quickspike as qs
 from quickspike.errors import TraceError, UnsupportedOperatorError
 
-torchvision = pytest.importorskip("torchvision")
+
+def models():
+    from torchvision import models  # Here, because it takes a second that every run of the tests would pay.
+
+    return models
 
 
 def images():
@@ -24,7 +28,7 @@ def converted(net):
 
 def built(name, **options):
     torch.manual_seed(0)
-    net = torchvision.models.get_model(name, weights=None, num_classes=10, **options)
+    net = models().get_model(name, weights=None, num_classes=10, **options)
     if name.startswith("vgg"):  # Its head has 120 million weights, and copying them would take most of the time.
         net.classifier = nn.Sequential(nn.Linear(512 * 49, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, 10))
     return net
@@ -50,7 +54,7 @@ def test_a_convolutional_network_converts(name):
 
 
 def vision_transformer():
-    return torchvision.models.VisionTransformer(64, 16, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8)
+    return models().VisionTransformer(64, 16, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8)
 
 
 @pytest.mark.parametrize("make", [lambda: built("swin_t"), vision_transformer], ids=["swin_t", "vit"])
