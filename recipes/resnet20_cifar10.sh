@@ -25,3 +25,4 @@ for method in ${METHODS:-threshold_balancing potential_init}; do
         echo "$method T=$steps: $(grep -A1 '"accuracy"' "$out/$method-$steps.json" | tail -1)"
     done
 done
+"$(dirname "$quickspike")/python" "$(dirname "$0")/table.py" "$out"

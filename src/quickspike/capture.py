@@ -80,7 +80,7 @@ def copy_of(model: nn.Module) -> nn.Module:
     try:
         private = copy.deepcopy(model)
     except Exception as error:
-        raise TraceError(f"{type(model).__name__} cannot be copied: {error}; make it deep-copyable first") from error
+        raise TraceError(f"{type(model).__name__} cannot be copied: {error}. Way out: make it deep-copyable") from error
     for path, module in private.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             where = f"layer {path!r}" if path else "the network"
@@ -130,7 +130,7 @@ def _run_source(private: nn.Module, example: Tensor, name: str) -> Tensor:
         shape = list(example.shape)
         raise DataError(f"{name} cannot run on an input of shape {shape}: {_first_line(error)}") from error
     if not isinstance(expected, Tensor):
-        raise TraceError(f"{name} returns a {type(expected).__name__}; wrap it so that it returns one tensor [B, ...]")
+        raise TraceError(f"{name} returns a {type(expected).__name__}. Way out: wrap it so that it returns one tensor [B, ...]")
     return expected
 
 
@@ -150,7 +150,7 @@ def _record(private: nn.Module, name: str) -> fx.Graph:
     _drop_default_checks(graph, inputs[1:])
     for extra in inputs[1:]:
         if extra.users:
-            raise TraceError(f"{name} takes {len(inputs)} inputs; wrap it so that forward() takes one tensor")
+            raise TraceError(f"{name} takes {len(inputs)} inputs. Way out: wrap it so that forward() takes one tensor")
         graph.erase_node(extra)
     return graph
 

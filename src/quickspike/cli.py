@@ -157,6 +157,7 @@ def _convert_command(method: type[Method]) -> Callable[..., None]:
             str, Help(metavar="NAME", help="conversion method, see `quickspike methods`; the options shown are this method's")
         ] = DEFAULT_METHOD,
         weights: Weights = None,
+        device: Device = "auto",
         calibration_images: Annotated[
             int | None,
             Help(
@@ -167,10 +168,10 @@ def _convert_command(method: type[Method]) -> Callable[..., None]:
         json: Json = False,
     ) -> None:
         """Convert a trained network with calibration images and save the spiking one."""
-        _convert(model, data, method, dataclasses.asdict(options), out, weights, calibration_images, json)
+        _convert(model, data, method, dataclasses.asdict(options), out, weights, device, calibration_images, json)
 
     convert.__annotations__["options"] = Annotated[_options_type(method), tyro.conf.OmitArgPrefixes, Help(name="method")]
-    for name in ("model", "data", "out", "method", "weights", "calibration_images", "json"):
+    for name in ("model", "data", "out", "method", "weights", "device", "calibration_images", "json"):
         convert.__annotations__[name] = _resolved(convert.__annotations__[name])
     return convert
 
@@ -190,11 +191,20 @@ def _options_type(method: type[Method]) -> type:
 
 
 def _convert(
-    model: str, data: DataOptions, method: str, options: dict[str, Any], out: Path, weights: Path | None, images: int | None, as_json: bool
+    model: str,
+    data: DataOptions,
+    method: str,
+    options: dict[str, Any],
+    out: Path,
+    weights: Path | None,
+    device: str,
+    images: int | None,
+    as_json: bool,
 ) -> None:
     from quickspike.api import convert_traced
     from quickspike.data import ImageStream
     from quickspike.errors import DataError
+    from quickspike.evaluation import make_fabric
     from quickspike.files import check_writable
     from quickspike.graph import trace
     from quickspike.method import create
@@ -202,7 +212,7 @@ def _convert(
 
     chosen = create(method, **options)
     check_writable(out)
-    source = load_model(model, weights)
+    source = make_fabric(device).to_device(load_model(model, weights))
     data_set = data.load()
     if images is not None and images < 1:
         raise DataError(f"--calibration-images must be >= 1, got {images}")

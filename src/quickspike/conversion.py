@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -102,7 +103,8 @@ class SpikingNetwork(nn.Module):
     @property
     def code(self) -> str:
         """The forward pass as Python source."""
-        return str(self.network.code)
+        # torch.fx frees every value after its last use; for a reader that is noise.
+        return re.sub(r";  (\w+ = )+None", "", str(self.network.code)).strip() + "\n"
 
     def check_input(self, images: Tensor) -> None:
         """Raise DataError if the images cannot be this network's input."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from quickspike.capture import Captured, capture, measure, run_recorded, scope_of, source_of
+from quickspike.capture import Captured, Sizes, capture, measure, run_recorded, scope_of, source_of
 from quickspike.classify import activate, classify
 from quickspike.coverage import Coverage, Finding
 from quickspike.errors import TraceError
@@ -87,6 +87,33 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
     coverage.raise_if_unsupported()
     if not coverage.having("neuron"):
         raise TraceError(f"{captured.name} holds no activation that could become a neuron (ReLU, ReLU6, clamp at 0)")
+    return Traced(captured.module, _rewrite(captured, sizes), coverage, tuple(captured.example.shape[1:]))
+
+
+def inspect(model: nn.Module, example: Tensor) -> Coverage:
+    """What `convert` would do with `model`: converted, analog, folded, removed, refused and why. Changes nothing.
+
+    Raises:
+        DataError: the example is unusable.
+    """
+    name = type(model).__name__
+    findings: tuple[Finding, ...] = ()
+    try:
+        captured = capture(model, example)
+        sizes = measure(captured.module, captured.example)
+        coverage = classify(captured.module, sizes, captured.name)
+        if not coverage.convertible:
+            return coverage
+        findings = coverage.findings
+        _rewrite(captured, sizes)
+    except TraceError as error:
+        reason, _, way_out = str(error).partition(". Way out: ")
+        return Coverage(name, (*findings, Finding("forward", name, "unsupported", reason, way_out)))
+    return coverage
+
+
+def _rewrite(captured: Captured, sizes: Sizes) -> tuple[Site, ...]:
+    """Fold, move, name the sites, and prove that the graph still computes what the source network computes."""
     fold_batch_norm(captured.module, sizes)
     move_max_pools(captured.module)
     calls = _name_sites(captured.module)
@@ -98,26 +125,8 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
     noise = _noise(captured.example)
     with torch.no_grad():
         _verify(captured, captured.source(noise.clone()), captured.module(noise))
-    sites = tuple(
-        Site(str(call.target), call.meta["function"], call.meta["ceiling"], recorder.values[call.name][1:], source_of(call))
-        for call in calls
-    )
-    return Traced(captured.module, sites, coverage, tuple(captured.example.shape[1:]))
-
-
-def inspect(model: nn.Module, example: Tensor) -> Coverage:
-    """What `convert` would do with `model`: converted, analog, folded, removed, refused and why. Changes nothing.
-
-    Raises:
-        DataError: the example is unusable.
-    """
-    try:
-        captured = capture(model, example)
-    except TraceError as error:
-        name = type(model).__name__
-        way_out = "see the message; the forward pass must be recordable by torch.fx"
-        return Coverage(name, (Finding("forward", name, "unsupported", str(error), way_out),))
-    return classify(captured.module, measure(captured.module, captured.example), captured.name)
+    shapes = {call: recorder.values[call.name][1:] for call in calls}
+    return tuple(Site(str(call.target), call.meta["function"], call.meta["ceiling"], shapes[call], source_of(call)) for call in calls)
 
 
 def swap(traced: Traced, maker: Callable[[Site, nn.Module], nn.Module]) -> Traced:
