@@ -59,8 +59,12 @@ class Method(abc.ABC):
     def neuron(self, site: Site, activation: nn.Module) -> NeuronParameters:
         """Threshold, initial potential, leak and amplitude of the neurons at `site`, from the fitted activation."""
 
-    def fit(self, ann: Traced, images: ImageStream) -> None:  # noqa: B027 - a hook that need not be used
-        """Adjust the prepared network `ann` in place with unlabelled images. Nothing to do by default."""
+    def fit(self, ann: Traced, images: ImageStream) -> None:
+        """Adjust the prepared network `ann` in place with unlabelled images.
+
+        By default one pass over them in training mode, in which activations such as `CeilingProbe` watch.
+        """
+        images.feed(ann.module)
 
     def to_json(self) -> dict[str, Any]:
         """Name and options as plain data; `from_json` gives the same method back."""

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quickspike.activations import CeilingProbe, Granularity, probe_at
-from quickspike.data import ImageStream
-from quickspike.graph import Site, Traced
+from quickspike.graph import Site
 from quickspike.method import Method, Paper, register
 from quickspike.neuron import NeuronParameters
 from quickspike.options import option
@@ -56,9 +55,6 @@ class PotentialInit(Method):
 
     def activation(self, site: Site) -> CeilingProbe:
         return CeilingProbe(site, self.granularity)
-
-    def fit(self, ann: Traced, images: ImageStream) -> None:
-        images.feed(ann.module)
 
     def neuron(self, site: Site, activation: nn.Module) -> NeuronParameters:
         probe = probe_at(site, activation)

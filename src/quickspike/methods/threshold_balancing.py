@@ -12,8 +12,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from quickspike.activations import CeilingProbe, Granularity, probe_at
-from quickspike.data import ImageStream
-from quickspike.graph import Site, Traced
+from quickspike.graph import Site
 from quickspike.method import Method, Paper, register
 from quickspike.neuron import NeuronParameters
 from quickspike.options import option
@@ -55,9 +54,6 @@ class ThresholdBalancing(Method):
 
     def activation(self, site: Site) -> CeilingProbe:
         return CeilingProbe(site, self.granularity)
-
-    def fit(self, ann: Traced, images: ImageStream) -> None:
-        images.feed(ann.module)
 
     def neuron(self, site: Site, activation: nn.Module) -> NeuronParameters:
         probe = probe_at(site, activation)
