@@ -145,39 +145,40 @@ def inspect(
         _show(coverage_tables(coverage))
 
 
+@dataclasses.dataclass(frozen=True)
+class ConvertOptions:
+    """What goes in, what comes out, and where it runs."""
+
+    out: Annotated[Path, Help(metavar="FILE", help="the spiking network, safetensors")] = Path("network.safetensors")
+    method: Annotated[
+        str, Help(metavar="NAME", help="conversion method, see `quickspike methods`; the options shown are this method's")
+    ] = DEFAULT_METHOD
+    weights: Weights = None
+    calibration_images: Annotated[
+        int | None,
+        Help(
+            metavar="N",
+            help="first N training images, without labels; by default 1000, or all if there are fewer [unit: images; range: >= 1]",
+        ),
+    ] = None
+    device: Device = "auto"
+    json: Json = False
+
+
 def _convert_command(method: type[Method]) -> Callable[..., None]:
     """The `convert` command with the options of one method."""
 
-    def convert(
-        model: ModelName,
-        data: DataArguments,
-        options: Any,
-        out: Annotated[Path, Help(metavar="FILE", help="the spiking network, safetensors")] = Path("network.safetensors"),
-        method: Annotated[
-            str, Help(metavar="NAME", help="conversion method, see `quickspike methods`; the options shown are this method's")
-        ] = DEFAULT_METHOD,
-        weights: Weights = None,
-        device: Device = "auto",
-        calibration_images: Annotated[
-            int | None,
-            Help(
-                metavar="N",
-                help="first N training images, without labels; by default 1000, or all if there are fewer [unit: images; range: >= 1]",
-            ),
-        ] = None,
-        json: Json = False,
-    ) -> None:
+    def convert(model: Any, data: Any, settings: Any, options: Any) -> None:
         """Convert a trained network with calibration images and save the spiking one."""
-        _convert(model, data, method, dataclasses.asdict(options), out, weights, device, calibration_images, json)
+        _convert(model, data, settings, dataclasses.asdict(options))
 
-    convert.__annotations__["options"] = Annotated[_options_type(method), tyro.conf.OmitArgPrefixes, Help(name="method")]
-    for name in ("model", "data", "out", "method", "weights", "device", "calibration_images", "json"):
-        convert.__annotations__[name] = _resolved(convert.__annotations__[name])
+    convert.__annotations__ = {
+        "model": ModelName,
+        "data": DataArguments,
+        "settings": Annotated[ConvertOptions, tyro.conf.OmitArgPrefixes, Help(name="conversion")],
+        "options": Annotated[_options_type(method), tyro.conf.OmitArgPrefixes, Help(name="method")],
+    }
     return convert
-
-
-def _resolved(annotation: Any) -> Any:
-    return eval(annotation, globals()) if isinstance(annotation, str) else annotation  # noqa: S307 - our own source text
 
 
 def _options_type(method: type[Method]) -> type:
@@ -190,17 +191,7 @@ def _options_type(method: type[Method]) -> type:
     return dataclasses.make_dataclass("Options", fields, frozen=True, namespace={"__doc__": f"{method.name}: {method.paper}"})
 
 
-def _convert(
-    model: str,
-    data: DataOptions,
-    method: str,
-    options: dict[str, Any],
-    out: Path,
-    weights: Path | None,
-    device: str,
-    images: int | None,
-    as_json: bool,
-) -> None:
+def _convert(model: str, data: DataOptions, settings: ConvertOptions, options: dict[str, Any]) -> None:
     from quickspike.api import convert_traced
     from quickspike.data import ImageStream
     from quickspike.errors import DataError
@@ -210,24 +201,25 @@ def _convert(
     from quickspike.method import create
     from quickspike.models import load_model
 
-    chosen = create(method, **options)
-    check_writable(out)
-    source = make_fabric(device).to_device(load_model(model, weights))
+    chosen = create(settings.method, **options)
+    check_writable(settings.out)
+    source = make_fabric(settings.device).to_device(load_model(model, settings.weights))
     data_set = data.load()
-    if images is not None and images < 1:
-        raise DataError(f"--calibration-images must be >= 1, got {images}")
+    images = settings.calibration_images
     if images is None:
         images = min(1000, len(data_set.train))  # type: ignore[arg-type]
+    if images < 1:
+        raise DataError(f"--calibration-images must be >= 1, got {images}")
     stream = ImageStream(_Tracked(data_set.loader("train", limit=images), "calibrating"))
     traced = trace(source, stream.example)
     snn = convert_traced(traced, stream, chosen)
     statistics = dataclasses.asdict(data_set.statistics)
     snn.provenance.update(model=Path(model).name, data=Path(data.data).name, statistics=statistics)
-    snn.save(out)
-    if as_json:
-        _print_json({"out": str(out), "coverage": traced.coverage.to_json(), "method": snn.method, "provenance": snn.provenance})
+    snn.save(settings.out)
+    if settings.json:
+        _print_json({"out": str(settings.out), "coverage": traced.coverage.to_json(), "method": snn.method, "provenance": snn.provenance})
     else:
-        _show(f"{traced.coverage}\n{method}, T = {snn.steps}, calibrated on {stream.samples} images: {out}")
+        _show(f"{traced.coverage}\n{settings.method}, T = {snn.steps}, calibrated on {stream.samples} images: {settings.out}")
 
 
 def evaluate(
