@@ -301,3 +301,10 @@ def test_b4_the_readout_is_the_mean_over_all_steps(random_images: Callable[..., 
     assert outputs.shape == logits.shape == (7, 6, 3)
     for t in range(1, 8):
         assert torch.allclose(logits[t - 1], sum(outputs[:t]) / t, rtol=0, atol=1e-12)
+
+
+def test_scale_multiplies_every_threshold(digits_source, digits):
+    images = digits.loader("train", limit=100)
+    whole, scaled = (qs.convert(digits_source, images, "threshold_balancing", steps=4, scale=scale) for scale in (1.0, 0.5))
+    for site in whole.sites:
+        torch.testing.assert_close(scaled.neuron(site.name).threshold, 0.5 * whole.neuron(site.name).threshold)

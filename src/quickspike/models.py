@@ -6,7 +6,9 @@ import contextlib
 import copy
 import importlib.util
 import inspect
+import pickle
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -169,7 +171,12 @@ def _read_state(path: Path) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return dict(load_file(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle protocol; whether the file can be read is all that counts
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own message recommends to switch the protection off.
+        raise ModelError(f"{path}: not a file of weights that can be read without running code; save model.state_dict()") from error
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ModelError(f"{path}: not a file of weights that can be read without running code ({reason})") from error
