@@ -292,7 +292,7 @@ class _Tracked:
 
 
 def _track(items: Iterable[Any], what: str) -> Iterable[Any]:
-    """Show a bar with rate and time left on stderr; nothing if that is not a terminal."""
+    """Show a bar with progress, time taken and time left on stderr; nothing if that is not a terminal."""
     if not sys.stderr.isatty():
         return items
     from rich.console import Console

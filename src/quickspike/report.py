@@ -19,7 +19,7 @@ from quickspike.options import options_of
 def accuracy_table(reports: Mapping[str, Report]) -> Table:
     """One row per number of steps, one column per network, the source network's accuracy last: fits a narrow terminal."""
     first = next(iter(reports.values()))
-    table = Table(title=f"accuracy in % on {first.samples} images, after T steps")
+    table = Table(title=f"accuracy in % on {first.samples} images, after T steps", min_width=46)
     table.add_column("")
     for name in reports:
         table.add_column(name, justify="right", overflow="fold")
@@ -35,7 +35,7 @@ def report_tables(report: Report) -> RenderableType:
     if report.agreement:
         shares = ", ".join(f"T = {step}: {share:.2f} %" for step, share in report.agreement.items())
         parts.append(Text(f"same class as the source network: {shares}"))
-    table = Table(title="spikes per neuron and step")
+    table = Table(title="spikes per neuron and step", min_width=32)
     table.add_column("site", overflow="fold")
     table.add_column("rate", justify="right")
     for site, rate in report.rates.items():
