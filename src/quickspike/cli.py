@@ -73,6 +73,8 @@ DataArguments = Annotated[DataOptions, tyro.conf.OmitArgPrefixes]
 
 def demo(out: Annotated[Path, Help(metavar="DIR", help="folder for what the demo makes")] = Path("runs/demo"), json: Json = False) -> None:
     """Train a small network on the embedded digits, convert it, compare both, save it and load it again."""
+    if not json:
+        _show("training a small network on the embedded digits, then converting it ...")
     from quickspike.demo import run_demo
     from quickspike.report import accuracy_table
 
