@@ -73,6 +73,9 @@ DataArguments = Annotated[DataOptions, tyro.conf.OmitArgPrefixes]
 
 def demo(out: Annotated[Path, Help(metavar="DIR", help="folder for what the demo makes")] = Path("runs/demo"), json: Json = False) -> None:
     """Train a small network on the embedded digits, convert it, compare both, save it and load it again."""
+    from quickspike.files import check_writable
+
+    check_writable(out / "network.safetensors")
     if not json:
         _show("training a small network on the embedded digits, then converting it ...")
     from quickspike.demo import run_demo
