@@ -17,7 +17,7 @@ for method in ${METHODS:-threshold_balancing potential_init}; do
         [ ! -f "$out/$method-$steps.json" ] || continue
         network=$out/$method-$steps.safetensors
         options=()
-        # Chosen on training images 2000 to 2599, which calibrate nothing: 1 is better at T = 4, 0.85 at T = 8 and 32.
+        # Chosen on training images 2000 to 2599, which calibrate nothing: 1 is better at T = 4, 0.85 at T = 8 and 32; T = 16 follows.
         [ "$method" != threshold_balancing ] || [ "$steps" -lt 8 ] || options=(--scale 0.85)
         "$quickspike" convert "$model" --weights "$weights" --data "$data" "${statistics[@]}" \
             --method "$method" --steps "$steps" "${options[@]}" --calibration-images 1000 --out "$network"

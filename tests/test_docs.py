@@ -33,6 +33,8 @@ def test_the_readme_names_every_method_and_command():
     text = (ROOT / "README.md").read_text()
     for name in all_methods():
         assert f"`{name}`" in text
+    for command in ("make demo", "make test", "quickspike convert", "quickspike evaluate", "quickspike inspect", "quickspike methods"):
+        assert command in text
 
 
 @pytest.mark.parametrize("name", sorted({layer.__name__ for layer in LAYERS} | set(FUNCTIONS)))

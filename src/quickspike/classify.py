@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -305,8 +306,7 @@ class _Classifier:
 
     def _removed(self, node: fx.Node) -> Verdict:
         def edit() -> None:
-            source = node.args[0]
-            assert isinstance(source, fx.Node)  # noqa: S101 - a tensor method always has its tensor first
+            source: Any = node.args[0]
             node.replace_all_uses_with(source)
             self.graph.erase_node(node)
 
@@ -334,7 +334,7 @@ class _Classifier:
         for node in self.graph.nodes:
             if not _is_size(node, self.sizes):
                 continue
-            self._replace(node, lambda node=node: self._sizes_call(node, shape))  # type: ignore[misc]
+            self._replace(node, partial(self._sizes_call, node, shape))
 
     def _sizes_call(self, node: fx.Node, shape: Callable[..., Any]) -> fx.Node:
         call = self.graph.call_function(shape, (node.args[0],))

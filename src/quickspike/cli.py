@@ -212,7 +212,7 @@ def _convert(model: str, data: DataOptions, settings: ConvertOptions, options: d
     data_set = data.load()
     images = settings.calibration_images
     if images is None:
-        images = min(1000, len(data_set.train))  # type: ignore[arg-type]
+        images = min(1000, data_set.size("train"))
     if images < 1:
         raise DataError(f"--calibration-images must be >= 1, got {images}")
     stream = ImageStream(_Tracked(data_set.loader("train", limit=images), "calibrating"))

@@ -97,9 +97,10 @@ class ImageStream:
         self.samples = 0
         """Images handed out in the last complete pass."""
         iterator = image_batches(source)
-        self.first = next(iterator, None)
-        if self.first is None:
+        first = next(iterator, None)
+        if first is None:
             raise DataError("the calibration data is empty; give at least one batch of images")
+        self.first = first
         check_batch(self.first, "calibration batch 1")
         if _is_one_shot(source):
             self._one_shot = itertools.chain([self.first], iterator)
@@ -107,11 +108,9 @@ class ImageStream:
     @property
     def example(self) -> Tensor:
         """One sample, `[1, ...]`."""
-        assert self.first is not None  # noqa: S101 - __init__ raises otherwise
         return self.first[:1]
 
     def __iter__(self) -> Iterator[Tensor]:
-        assert self.first is not None  # noqa: S101 - __init__ raises otherwise
         batches = image_batches(self._source)
         if _is_one_shot(self._source):
             if self._one_shot is None:
@@ -221,13 +220,17 @@ class DataSet:
     statistics: Statistics
     class_names: tuple[str, ...] = ()
 
+    def size(self, split: str) -> int:
+        """Number of images in a split ("train" or "test")."""
+        return len({"train": self.train, "test": self.test}[split])  # type: ignore[arg-type]  # all of ours have a length
+
     def loader(self, split: str, batch_size: int = BATCH, limit: int | None = None) -> DataLoader[Any]:
         """Batches of a split ("train" or "test") in their stored order, the first `limit` images if given."""
         if split not in ("train", "test"):
             raise DataError(f"a split is train or test, got {split!r}")
         images = self.train if split == "train" else self.test
         if limit is not None:
-            size = len(images)  # type: ignore[arg-type]
+            size = self.size(split)
             if not 1 <= limit <= size:
                 raise DataError(f"{self.name}: asked for {limit} {split} images, it holds {size}")
             images = torch.utils.data.Subset(images, range(limit))

@@ -121,11 +121,11 @@ class NeuronParameters:
             object.__setattr__(self, name, value.detach().clone())
             if not bool(torch.isfinite(value).all()):
                 raise ConversionError(f"neuron {name} must be finite, got {value}")
-        assert isinstance(self.leak, Tensor)  # noqa: S101 - set three lines above; for the type checker
+        leak = torch.as_tensor(self.leak)
         if bool((self.threshold < 0).any()):
             raise ConversionError(f"neuron threshold must be >= 0, got {float(self.threshold.min()):g}")
-        if bool(((self.leak < 0) | (self.leak > 1)).any()):
-            raise ConversionError(f"neuron leak must lie in [0, 1], got {self.leak}")
+        if bool(((leak < 0) | (leak > 1)).any()):
+            raise ConversionError(f"neuron leak must lie in [0, 1], got {leak}")
 
 
 def unfold(x: Tensor, steps: int) -> Tensor:

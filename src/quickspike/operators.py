@@ -2,8 +2,7 @@
 
 `trace` accepts nothing else, and a checkpoint can name nothing else: what is not listed here neither converts nor
 loads. All listed operators are affine in the signal, so that the mean over time steps of what they give is what they
-give for the mean (the only exceptions, neurons and max-pooling, have layers of their own in `neuron.py` and
-`pooling.py`).
+give for the mean (the only exceptions, neurons and max-pooling, have layers of their own in `neuron.py`).
 """
 
 from __future__ import annotations
