@@ -60,7 +60,8 @@ def neuron_tangent(
 ) -> list[float]:
     """Directional derivative of the outputs amplitude * theta * s(t), carried forward by the product rule.
 
-    `surrogate(u)` is used in place of the derivative of the step function at u = m/theta - 1.
+    `surrogate(u)` is used in place of the derivative of the step function at u = m/theta - 1; the reset takes the
+    spike as given.
     """
     v, dv = initial * theta, d_initial * theta + initial * d_theta
     d_outputs = []
@@ -69,7 +70,7 @@ def neuron_tangent(
         dm = d_leak * v + leak * dv + d_current
         s = 1.0 if m >= theta else 0.0
         ds = surrogate(m / theta - 1) * (dm / theta - m * d_theta / theta**2)
-        v, dv = m - theta * s, dm - d_theta * s - theta * ds
+        v, dv = m - theta * s, dm - d_theta * s
         d_outputs.append(d_amplitude * theta * s + amplitude * d_theta * s + amplitude * theta * ds)
     return d_outputs
 

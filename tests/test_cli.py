@@ -133,7 +133,8 @@ def test_help_of_convert_shows_the_options_of_the_method(name: str, form: str, r
     assert result.code == 0
     assert str(cls.paper) in result.out
     for key, (declared, kind, default) in options_of(cls).items():
-        assert f"--{key.replace('_', '-')} " in result.out
+        # A switch that is on by default is shown as the way to turn it off.
+        assert f"--{'no-' if default is True else ''}{key.replace('_', '-')} " in result.out
         assert declared.describe() in result.out
         assert f"default: {default}" in result.out
         for choice in getattr(kind, "__args__", ()):

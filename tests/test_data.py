@@ -683,15 +683,21 @@ def test_a_stream_does_not_change_its_source() -> None:
 
 def test_feeding_leaves_the_module_in_evaluation_mode_even_if_it_fails() -> None:
     class Fails(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.probe = nn.Identity()
+
         def forward(self, x: Tensor) -> Tensor:
-            assert self.training
+            assert not self.training
+            assert self.probe.training
             assert not torch.is_grad_enabled()
             raise RuntimeError("boom")
 
     module = Fails()
     with pytest.raises(RuntimeError, match="boom"):
-        ImageStream(batch()).feed(module)
+        ImageStream(batch()).feed(module, [module.probe])
     assert not module.training
+    assert not module.probe.training
 
 
 def test_feeding_fits_the_precision_of_the_module() -> None:

@@ -153,7 +153,7 @@ def test_no_name_fetches_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         ("torchvision:", "known: "),
         ("qqqq", "FILE.py:FACTORY"),
         ("", "digits_cnn"),
-        ("resnet18", "torchvision:"),
+        ("swin_t", "torchvision:"),
         ("torch:resnet18", "torchvision:"),
         ("net.txt:net", "FILE.py:FACTORY"),
         ("net.py", "FILE.py:FACTORY"),

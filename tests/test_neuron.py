@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import oracles
 from quickspike.errors import ConversionError
-from quickspike.neuron import SMALLEST_THRESHOLD, AccumulatedMaxPool, Neuron, NeuronParameters, Repeat, Surrogate, integrate_and_fire
+from quickspike.neuron import SMALLEST_THRESHOLD, AccumulatedMaxPool, Neuron, NeuronParameters, Repeat, Surrogate, integrate
 
 F64 = torch.float64
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -31,9 +31,9 @@ def train_of(neuron: Neuron, currents: list[float]) -> tuple[list[float], list[f
     """Outputs and potentials of one neuron after each step."""
     outputs, potentials, state = [], [], None
     for current in currents:
-        out, state = neuron.step(tensor([current]), state)
+        out, state = neuron.scan(tensor([current]), state, 1)
         outputs.append(out.item())
-        potentials.append(state.item())
+        potentials.append(state[0].item())
     return outputs, potentials
 
 
@@ -48,7 +48,7 @@ def test_counts_equal_the_closed_form_at_every_step(theta: int, strict: bool, dt
     v0 = torch.arange(theta).expand_as(z)
     v, counts = v0.to(dtype), torch.zeros(z.shape, dtype=torch.int64)
     for t in range(1, 17):
-        spikes, v = integrate_and_fire(z.to(dtype), v, tensor(theta, dtype), tensor(1, dtype), strict, Surrogate())
+        spikes, v = integrate(z.to(dtype), v, tensor(theta, dtype), tensor(1, dtype), tensor(1, dtype), 1, strict=strict)
         assert set(spikes.unique().tolist()) <= {0.0, 1.0}
         counts += spikes.long()
         expected = oracles.closed_form_count(z.numpy(), v0.numpy(), theta, t, strict)
@@ -91,10 +91,10 @@ def test_charge_is_conserved(initial: float) -> None:
     neuron = Neuron(NeuronParameters(theta, initial=initial), steps, False)
     total, state = torch.zeros(batch, 11, dtype=F64), None
     for t in range(steps):
-        out, state = neuron.step(spikes[t] @ weight.T + bias, state)
+        out, state = neuron.scan(spikes[t] @ weight.T + bias, state, 1)
         total += out
         phi = spikes[: t + 1].mean(0)
-        expected = phi @ weight.T + bias - (state - initial * theta) / (t + 1)
+        expected = phi @ weight.T + bias - (state[0] - initial * theta) / (t + 1)
         assert (total / (t + 1) - expected).abs().max() < 1e-9
     folded = neuron((spikes @ weight.T + bias).flatten(0, 1)).unflatten(0, (steps, batch))
     assert torch.allclose(folded.sum(0), total, atol=1e-9)
@@ -132,13 +132,13 @@ def test_leak_and_reset_equal_the_scalar_loop(leak: float, strict: bool) -> None
     neuron = make(theta, steps=12, initial=0.5, leak=leak, strict=strict)
     out, state = [], None
     for current in currents.double():
-        spikes, state = neuron.step(current, state)
+        spikes, state = neuron.scan(current, state, 1)
         out.append(spikes)
     for unit in range(3):
         exact = [Fraction(value) for value in currents[:, unit].tolist()]
         spikes, potentials = oracles.neuron(exact, Fraction(theta[unit]), Fraction(theta[unit]) / 2, Fraction(leak), strict)
         assert [float(step[unit]) for step in out] == [theta[unit] * spike for spike in spikes]
-        assert float(state[unit]) == float(potentials[-1])
+        assert float(state[0][unit]) == float(potentials[-1])
 
 
 def test_leak_may_differ_between_channels() -> None:
@@ -296,7 +296,7 @@ def test_repeat_puts_time_first() -> None:
     x = torch.arange(6.0).view(3, 2)
     out = Repeat(4)(x).unflatten(0, (4, 3))
     assert all(torch.equal(out[t], x) for t in range(4))
-    assert torch.equal(Repeat(4).step(x, None)[0], x)
+    assert torch.equal(Repeat(4).scan(x, None, 1)[0], x)
 
 
 def test_accumulated_max_pool_is_the_pool_of_the_sum() -> None:
@@ -314,7 +314,7 @@ def test_accumulated_max_pool_is_the_pool_of_the_sum() -> None:
     assert (each_step.sum(0) >= out.sum(0)).all()
     stepped, state = [], None
     for frame in frames:
-        pooled, state = layer.step(frame, state)
+        pooled, state = layer.scan(frame, state, 1)
         stepped.append(pooled)
     assert torch.equal(torch.stack(stepped), out)
     assert torch.equal(layer(frames.flatten(0, 1)).unflatten(0, (steps, batch)), out)

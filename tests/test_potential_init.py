@@ -34,7 +34,7 @@ def transmitted(z: Tensor, steps: int, fraction: float, theta: float = 1.0) -> T
     """The mean output for a constant input; one step at a time, since T times 400,000 values need much memory."""
     unit, total, state = neuron(theta, fraction), torch.zeros_like(z), None
     for _ in range(steps):
-        out, state = unit.step(z, state)
+        out, state = unit.scan(z, state, 1)
         total += out
     return total / steps
 

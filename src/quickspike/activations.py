@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from quickspike.errors import ConversionError, DataError
 from quickspike.graph import Site
+from quickspike.neuron import keep_positive
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +178,77 @@ def probe_at(site: Site, activation: nn.Module) -> CeilingProbe:
     """
     if not isinstance(activation, CeilingProbe):
         raise ConversionError(f"site {site.name}: expected a CeilingProbe, found {type(activation).__name__}")
+    return activation
+
+
+class _Clip(torch.autograd.Function):
+    """clamp(x, 0, ceiling); dL/dceiling sums the gradient of the clipped elements (arXiv 2112.12133, section 2)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ceiling: Tensor) -> Tensor:
+        ctx.save_for_backward(x, ceiling)
+        return torch.minimum(x.clamp_min(0), ceiling.to(x))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, ceiling = ctx.saved_tensors
+        (gradient,) = gradients
+        above = x > ceiling
+        to_ceiling = (gradient * above).float().sum_to_size(ceiling.shape).to(ceiling) if ctx.needs_input_grad[1] else None
+        return gradient * ((x > 0) & ~above), to_ceiling
+
+
+def clip(x: Tensor, ceiling: Tensor) -> Tensor:
+    """min(relu(x), ceiling) with gradients to both; `ceiling` is a scalar or broadcasts over `x`."""
+    return _Clip.apply(x, ceiling)  # type: ignore[no-any-return]
+
+
+class LearnedCeiling(nn.Module):
+    """clamp(x, 0, mu) with a ceiling mu that is trained, one per layer or channel (TCL, arXiv 2008.04509).
+
+    While it is in training mode without gradients it watches: a `CeilingProbe` collects the activations, from which a
+    method draws the ceiling that training starts from (`start`). Until then it does not clip.
+
+    Args:
+        site: the activation that it replaces.
+        granularity: one ceiling per channel or one for the layer.
+    """
+
+    def __init__(self, site: Site, granularity: Granularity) -> None:
+        super().__init__()
+        self.probe = CeilingProbe(site, granularity)
+        self.started = False
+        self.mu = nn.Parameter(site.per_channel(torch.ones(site.channels)) if granularity == "channel" else torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        watching = self.training and not torch.is_grad_enabled()
+        seen = self.probe(x) if watching else x
+        return self.activate(x, self.ceiling) if self.started or not watching else seen
+
+    def activate(self, x: Tensor, ceiling: Tensor) -> Tensor:
+        """The activation itself."""
+        return clip(x, ceiling)
+
+    @property
+    def ceiling(self) -> Tensor:
+        """mu, kept positive."""
+        return keep_positive(self.mu)
+
+    def start(self, ceiling: Tensor) -> None:
+        """Set the ceilings, given `[C]` or `[1]`; from now on it clips."""
+        with torch.no_grad():
+            self.mu.copy_(self.probe.finish(ceiling))
+        self.started = True
+
+
+def ceiling_at(site: Site, activation: nn.Module) -> LearnedCeiling:
+    """The learned ceiling that a method put at `site`.
+
+    Raises:
+        ConversionError: something else stands there.
+    """
+    if not isinstance(activation, LearnedCeiling):
+        raise ConversionError(f"site {site.name}: expected a LearnedCeiling, found {type(activation).__name__}")
     return activation
 
 

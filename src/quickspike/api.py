@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -10,12 +11,28 @@ from torch import nn
 from quickspike.conversion import SpikingNetwork, prepare, to_spiking
 from quickspike.data import Batches, ImageStream
 from quickspike.errors import ConversionError, OptionError
-from quickspike.graph import Traced, trace
+from quickspike.graph import Traced, fold, trace
 from quickspike.method import Method, create
 from quickspike.neuron import Surrogate
 from quickspike.provenance import versions
+from quickspike.training import History, Trainer
+from quickspike.tuning import Tuning
 
 logger = logging.getLogger(__name__)
+
+
+def train(model: nn.Module, trainer: Trainer) -> tuple[nn.Module, History]:
+    """Train a source network as it stands.
+
+    Args:
+        model: where the training starts; not modified.
+        trainer: data, settings and devices.
+
+    Returns:
+        A trained copy in evaluation mode on the trainer's device, and the figures of every epoch.
+    """
+    network = copy.deepcopy(model)
+    return network, trainer(network, "source")
 
 
 def convert(
@@ -24,6 +41,7 @@ def convert(
     method: str | Method = "threshold_balancing",
     *,
     surrogate: Surrogate | None = None,
+    trainer: Trainer | None = None,
     **options: Any,
 ) -> SpikingNetwork:
     """Turn a trained network into a spiking one.
@@ -33,7 +51,9 @@ def convert(
         calibration: images as the network was trained on them (normalised), without labels or with (they are not
             used): a tensor `[N, ...]`, or an iterable of tensors, (tensor, label) pairs or dicts.
         method: a method's name or a method object such as `qs.methods.PotentialInit(steps=4)`.
-        surrogate: derivative of the step function for autograd; triangular by default.
+        surrogate: derivative of the step function for autograd; by default the method's own.
+        trainer: trains a copy of the network with the method's activations before it is converted; without one the
+            method is calibrated only.
         **options: options of the named method, for example `steps=8`.
 
     Returns:
@@ -46,17 +66,51 @@ def convert(
     """
     chosen = _method(method, options)
     images = ImageStream(calibration)
-    traced = trace(model, images.example)
-    return convert_traced(traced, images, chosen, surrogate)
+    ann = fit(model, images, chosen, trainer)
+    return finish(ann, images, chosen, surrogate)
 
 
-def convert_traced(traced: Traced, images: ImageStream, method: Method, surrogate: Surrogate | None = None) -> SpikingNetwork:
-    """`convert` for a network that is traced already, so that several methods can share one trace."""
+def fit(model: nn.Module, images: ImageStream, method: Method, trainer: Trainer | None = None) -> Traced:
+    """The source side of a conversion: trace, put the method's activations in, calibrate, and train if there is a trainer.
+
+    Returns:
+        The fitted network, batch norm folded: `module` is what the spiking network approximates.
+
+    Raises:
+        UnsupportedOperatorError, DataError: see `convert`.
+    """
+    traced = trace(method.source(model), images.example, trainable=trainer is not None, pools_in_front=not method.pools_spikes)
     ann = prepare(traced, method)
-    method.fit(ann, images)
-    provenance = {"source": traced.name, "calibration_images": images.samples, "versions": versions()}
-    logger.info("%s: %d sites, %s, %d images", traced.name, len(traced.sites), method, images.samples)
-    return to_spiking(ann, method, provenance, surrogate).eval()
+    if trainer is not None:
+        trainer.fabric.to_device(ann.module)
+    method.fit(ann, images, trainer)
+    return ann if ann.folded else fold(ann)
+
+
+def finish(ann: Traced, images: ImageStream, method: Method, surrogate: Surrogate | None = None) -> SpikingNetwork:
+    """The spiking side of a conversion: neurons at the sites of a fitted network, adjusted on images."""
+    provenance = {"source": ann.name, "calibration_images": images.samples, "versions": versions()}
+    logger.info("%s: %d sites, %s, %d images", ann.name, len(ann.sites), method, images.samples)
+    snn = to_spiking(ann, method, provenance, surrogate).eval()
+    method.adjust(snn, images)
+    return snn.eval()
+
+
+def tune(snn: SpikingNetwork, trainer: Trainer, tuning: Tuning | None = None) -> SpikingNetwork:
+    """Fine-tune a spiking network end to end, as its method does it.
+
+    Args:
+        snn: where the training starts; not modified.
+        trainer: data, settings and devices.
+        tuning: what is learned; weights, thresholds and leaks by default.
+
+    Returns:
+        A trained copy in evaluation mode, on the trainer's device.
+    """
+    tuned = copy.deepcopy(snn)
+    trainer.fabric.to_device(tuned)
+    Method.from_json(snn.method).tune(tuned, trainer, tuning or Tuning())
+    return tuned.eval()
 
 
 def _method(method: str | Method, options: dict[str, Any]) -> Method:

@@ -100,6 +100,7 @@ def _header(snn: SpikingNetwork) -> dict[str, Any]:
 def _layer_to_json(layer: nn.Module) -> dict[str, Any]:
     if isinstance(layer, Neuron):
         arguments: dict[str, Any] = {"constant_input": layer.constant_input, "scaled": layer.scaled, "strict": layer.strict}
+        arguments["averaged"] = layer.averaged
         return {"type": "Neuron", "arguments": arguments | {"surrogate": dataclasses.asdict(layer.surrogate)}}
     if isinstance(layer, Repeat):
         return {"type": "Repeat", "arguments": {}}
@@ -255,7 +256,8 @@ def _layer_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor], ste
     kind, arguments = data["type"], data["arguments"]
     if kind == "Neuron":
         surrogate = Surrogate(**arguments["surrogate"])
-        flags = {flag: _flag(arguments, flag) for flag in ("scaled", "strict")}
+        # Files of format 1 from before averaged neurons lack the flag.
+        flags = {flag: _flag({"averaged": False, **arguments}, flag) for flag in ("scaled", "strict", "averaged")}
         neuron = Neuron(NeuronParameters(torch.ones(()), **flags), steps, _flag(arguments, "constant_input"), surrogate)
         # Past the checks of NeuronParameters: training may have left a threshold below 0, where it acts as the smallest.
         for key, tensor in _exactly(tensors, _NEURON_TENSORS, name).items():

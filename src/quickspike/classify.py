@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from quickspike.capture import Sizes, scope_of, source_of
 from quickspike.coverage import Coverage, Finding, Status
 from quickspike.operators import (
+    DROPOUT_LAYERS,
     DROPOUTS,
     FUNCTIONS,
     LAYERS,
@@ -79,9 +80,16 @@ WAYS_OUT: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 
 
-def classify(module: fx.GraphModule, sizes: Sizes, network: str) -> Coverage:
-    """Find out what becomes of every node; rewrite the accepted ones into their canonical form, in place."""
-    classifier = _Classifier(module, sizes)
+def classify(module: fx.GraphModule, sizes: Sizes, network: str, keep_dropout: bool = False) -> Coverage:
+    """Find out what becomes of every node; rewrite the accepted ones into their canonical form, in place.
+
+    Args:
+        module: the captured graph.
+        sizes: of every node's value.
+        network: name for the report.
+        keep_dropout: leave dropout layers in the graph, for training; they go when the graph is folded.
+    """
+    classifier = _Classifier(module, sizes, keep_dropout)
     findings = []
     edits = []
     for node in module.graph.nodes:
@@ -136,8 +144,8 @@ def refuse(operator: str, reason: str, way_out: str = "") -> Verdict:
 class _Classifier:
     """Verdicts for the nodes of one graph, in order; remembers which values have already passed a neuron."""
 
-    def __init__(self, module: fx.GraphModule, sizes: Sizes) -> None:
-        self.module, self.graph, self.sizes = module, module.graph, sizes
+    def __init__(self, module: fx.GraphModule, sizes: Sizes, keep_dropout: bool) -> None:
+        self.module, self.graph, self.sizes, self.keep_dropout = module, module.graph, sizes, keep_dropout
         self.spiking: set[fx.Node] = set()
 
     def verdict(self, node: fx.Node) -> Verdict:
@@ -178,7 +186,7 @@ class _Classifier:
         if kind in BATCH_NORMS:
             return _batch_norm(layer)
         if isinstance(layer, NO_OPERATION_LAYERS):
-            return self._removed(node)
+            return Verdict("removed") if self.keep_dropout and isinstance(layer, DROPOUT_LAYERS) else self._removed(node)
         if isinstance(layer, tuple(LAYERS) + BATCH_NORMS):
             return refuse(name, f"{name} is a subclass of a supported layer and may compute something else", "use the base class")
         return refuse(name, f"{name} has no exact spiking form")

@@ -6,69 +6,25 @@ Nothing heavy is imported here at the top: `quickspike --help` answers before to
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from quickspike.cli_options import DataArguments, DataOptions, Device, Json, ModelName, Weights, method_options
+from quickspike.console import Tracked, dump, print_json, show, track
 from quickspike.version import __version__
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from quickspike.data import DataSet, Statistics
     from quickspike.method import Method
 
 DEFAULT_METHOD = "threshold_balancing"
 
 Help = tyro.conf.arg
-ModelName = Annotated[
-    str,
-    tyro.conf.Positional,
-    Help(metavar="MODEL", help="a registered name (digits_cnn), torchvision:NAME, timm:NAME, or FILE.py:FACTORY"),
-]
-Weights = Annotated[Path | None, Help(metavar="FILE", help="weights: safetensors, or .pt/.pth/.th read without running code")]
-Json = Annotated[bool, Help(help="print JSON instead of tables")]
-Device = Annotated[str, Help(metavar="NAME", help="auto, cpu, cuda, mps, ...")]
-
-
-@dataclasses.dataclass(frozen=True)
-class DataOptions:
-    """Which images, and how pixels become the network's input."""
-
-    data: Annotated[str, Help(metavar="NAME", help="digits, mnist, fashion-mnist, cifar10, cifar100, imagefolder:PATH, or npz:PATH")]
-    data_dir: Annotated[
-        Path | None, Help(metavar="DIR", help="folder of torchvision's files (mnist, fashion-mnist, cifar10, cifar100)")
-    ] = None
-    mean: Annotated[
-        tuple[float, ...] | None,
-        Help(
-            metavar="M", help="mean per channel of pixel/255 that the network was trained with [default: the data set's own, 0.5 for npz]"
-        ),
-    ] = None
-    std: Annotated[tuple[float, ...] | None, Help(metavar="S", help="likewise, standard deviation")] = None
-    download: Annotated[bool, Help(help="let torchvision fetch missing files")] = False
-
-    def load(self, fallback: Statistics | None = None) -> DataSet:
-        """The data set, normalised as asked, else by `fallback`, else by its own statistics."""
-        from quickspike.data import Statistics, load_data
-        from quickspike.errors import DataError
-
-        if (self.mean is None) != (self.std is None):
-            raise DataError("give both --mean and --std, or neither")
-        if self.mean is not None and self.std is not None:
-            if min(self.std, default=0) <= 0:
-                raise DataError(f"--std must be > 0, got {self.std}")
-            fallback = Statistics(self.mean, self.std)
-        return load_data(self.data, self.data_dir, fallback, self.download)
-
-
-DataArguments = Annotated[DataOptions, tyro.conf.OmitArgPrefixes]
 
 
 def demo(out: Annotated[Path, Help(metavar="DIR", help="folder for what the demo makes")] = Path("runs/demo"), json: Json = False) -> None:
@@ -77,16 +33,16 @@ def demo(out: Annotated[Path, Help(metavar="DIR", help="folder for what the demo
 
     check_writable(out / "network.safetensors")
     if not json:
-        _show("training a small network on the embedded digits, then converting it ...")
+        show("training a small network on the embedded digits, then converting it ...")
     from quickspike.demo import run_demo
     from quickspike.report import accuracy_table
 
-    result = run_demo(out, _track)
+    result = run_demo(out, track)
     if json:
-        _print_json({name: report.to_json() for name, report in result.reports.items()})
+        print_json({name: report.to_json() for name, report in result.reports.items()})
         return
-    _show(accuracy_table(result.reports))
-    _show(f"saved and loaded again, same answers: {result.network}\npicture: {result.picture}")
+    show(accuracy_table(result.reports))
+    show(f"saved and loaded again, same answers: {result.network}\npicture: {result.picture}")
 
 
 def methods(
@@ -99,11 +55,11 @@ def methods(
 
     chosen = all_methods() if name is None else {name: get(name)}
     if json:
-        _print_json([_method_json(cls, summary(cls)) for cls in chosen.values()])
+        print_json([_method_json(cls, summary(cls)) for cls in chosen.values()])
     elif name is None:
-        _show(method_table(chosen))
+        show(method_table(chosen))
     else:
-        _show(option_table(chosen[name]))
+        show(option_table(chosen[name]))
 
 
 def _method_json(cls: type[Method], summary: str) -> dict[str, Any]:
@@ -145,9 +101,9 @@ def inspect(
     example = torch.rand(1, *input, generator=torch.Generator().manual_seed(0))
     coverage = inspect_model(load_model(model, weights), example)
     if json:
-        _print_json(coverage.to_json())
+        print_json(coverage.to_json())
     else:
-        _show(coverage_tables(coverage))
+        show(coverage_tables(coverage))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,28 +137,17 @@ def _convert_command(method: type[Method]) -> Callable[..., None]:
         "model": ModelName,
         "data": DataArguments,
         "settings": Annotated[ConvertOptions, tyro.conf.OmitArgPrefixes, Help(name="conversion")],
-        "options": Annotated[_options_type(method), tyro.conf.OmitArgPrefixes, Help(name="method")],
+        "options": Annotated[method_options(method), tyro.conf.OmitArgPrefixes, Help(name="method")],
     }
     return convert
 
 
-def _options_type(method: type[Method]) -> type:
-    from quickspike.options import options_of
-
-    fields = [
-        (name, Annotated[kind, Help(help=declared.describe())], dataclasses.field(default=default))
-        for name, (declared, kind, default) in options_of(method).items()
-    ]
-    return dataclasses.make_dataclass("Options", fields, frozen=True, namespace={"__doc__": f"{method.name}: {method.paper}"})
-
-
 def _convert(model: str, data: DataOptions, settings: ConvertOptions, options: dict[str, Any]) -> None:
-    from quickspike.api import convert_traced
+    from quickspike.api import finish, fit
     from quickspike.data import ImageStream
     from quickspike.errors import DataError
     from quickspike.evaluation import make_fabric
     from quickspike.files import check_writable
-    from quickspike.graph import trace
     from quickspike.method import create
     from quickspike.models import load_model
 
@@ -215,16 +160,16 @@ def _convert(model: str, data: DataOptions, settings: ConvertOptions, options: d
         images = min(1000, data_set.size("train"))
     if images < 1:
         raise DataError(f"--calibration-images must be >= 1, got {images}")
-    stream = ImageStream(_Tracked(data_set.loader("train", limit=images), "calibrating"))
-    traced = trace(source, stream.example)
-    snn = convert_traced(traced, stream, chosen)
+    stream = ImageStream(Tracked(data_set.loader("train", limit=images), "calibrating"))
+    ann = fit(source, stream, chosen)
+    snn = finish(ann, stream, chosen)
     statistics = dataclasses.asdict(data_set.statistics)
     snn.provenance.update(model=Path(model).name, data=Path(data.data).name, statistics=statistics)
     snn.save(settings.out)
     if settings.json:
-        _print_json({"out": str(settings.out), "coverage": traced.coverage.to_json(), "method": snn.method, "provenance": snn.provenance})
+        print_json({"out": str(settings.out), "coverage": ann.coverage.to_json(), "method": snn.method, "provenance": snn.provenance})
     else:
-        _show(f"{traced.coverage}\n{settings.method}, T = {snn.steps}, calibrated on {stream.samples} images: {settings.out}")
+        show(f"{ann.coverage}\n{settings.method}, T = {snn.steps}, calibrated on {stream.samples} images: {settings.out}")
 
 
 def evaluate(
@@ -257,84 +202,17 @@ def evaluate(
     if weights is not None and reference is None:
         raise OptionError("--weights are those of the source network; name it with --reference")
     source = None if reference is None else load_model(reference, weights)
-    data_set = data.load(_saved_statistics(snn.provenance.get("statistics")))
-    loader = _Tracked(data_set.loader("test", limit=images), "evaluating")
+    data_set = data.load(snn.provenance.get("statistics"))
+    loader = Tracked(data_set.loader("test", limit=images), "evaluating")
     report = measure(snn, loader, source, steps, device=device, precision=precision)
     if out is not None:
-        write_text(out, _dump(report.to_json()))
+        write_text(out, dump(report.to_json()))
     if plot is not None:
         plot_accuracy({str(snn.method.get("name")): report}, plot)
     if json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
     else:
-        _show(report_tables(report))
-
-
-def _saved_statistics(saved: Any) -> Statistics | None:
-    """What `convert` kept; provenance is free-form, so it may also be something else."""
-    from quickspike.data import Statistics
-    from quickspike.errors import CheckpointError
-
-    if saved is None:
-        return None
-    try:
-        return Statistics(tuple(map(float, saved["mean"])), tuple(map(float, saved["std"])))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the network's own statistics are unusable ({saved!r}); give --mean and --std") from error
-
-
-# Output
-
-
-class _Tracked:
-    """An iterable of known length whose passes show a progress bar."""
-
-    def __init__(self, items: Any, what: str) -> None:
-        self.items, self.what = items, what
-
-    def __iter__(self) -> Any:
-        return iter(_track(self.items, self.what))
-
-
-def _track(items: Iterable[Any], what: str) -> Iterable[Any]:
-    """Show a bar with progress, time taken and time left on stderr; nothing if that is not a terminal."""
-    if not sys.stderr.isatty():
-        return items
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-
-    def tracked() -> Iterable[Any]:
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            yield from progress.track(items, description=what, total=_length(items))
-
-    return tracked()
-
-
-def _length(items: Any) -> int | None:
-    return len(items) if hasattr(items, "__len__") else None
-
-
-def _show(what: RenderableType) -> None:
-    from rich.console import Console
-
-    Console(soft_wrap=isinstance(what, str), highlight=False, markup=False).print(what)
-
-
-def _dump(data: Any) -> str:
-    return json.dumps(data, indent=2, allow_nan=False) + "\n"
-
-
-def _print_json(data: Any) -> None:
-    sys.stdout.write(_dump(data))
+        show(report_tables(report))
 
 
 # Entry
@@ -369,13 +247,19 @@ def _dispatch(arguments: list[str]) -> None:
         "demo": demo,
         "methods": methods,
         "inspect": inspect,
+        "train": _train_stub,
         "convert": _convert_stub,
+        "tune": _tune_stub,
         "evaluate": evaluate,
+        "compare": _compare_stub,
+        "run": _run_stub,
     }
     if arguments[:1] == ["convert"]:
         from quickspike.method import get
 
-        commands["convert"] = _convert_command(get(_chosen_method(arguments)))
+        commands["convert"] = _convert_command(get(DEFAULT_METHOD if (chosen := _chosen_method(arguments)) is None else chosen))
+    if arguments[:1] in (["train"], ["tune"], ["run"], ["compare"]):
+        commands[arguments[0]] = _training_command(arguments)
     tyro.extras.subcommand_cli_from_dict(
         commands,
         prog="quickspike",
@@ -386,18 +270,44 @@ def _dispatch(arguments: list[str]) -> None:
     )
 
 
+def _train_stub() -> None:
+    """Train a source network, plainly or with a method's activations; with a method, convert it too."""
+
+
+def _tune_stub() -> None:
+    """Fine-tune a spiking network end to end with surrogate gradients: weights, thresholds and leaks."""
+
+
+def _run_stub() -> None:
+    """Run an experiment from a recipe and show what it gave beside the published figure."""
+
+
+def _compare_stub() -> None:
+    """Convert one network with several methods, calibrated only, and show their accuracies in one table."""
+
+
 def _convert_stub() -> None:
     """Convert a trained network with calibration images and save the spiking one."""
 
 
-def _chosen_method(arguments: list[str]) -> str:
+def _training_command(arguments: list[str]) -> Callable[..., None]:
+    from quickspike import cli_training
+
+    if arguments[0] == "train":
+        return cli_training.train_command(_chosen_method(arguments))
+    if arguments[0] == "tune":
+        return cli_training.tune_command()
+    return cli_training.run if arguments[0] == "run" else cli_training.compare
+
+
+def _chosen_method(arguments: list[str]) -> str | None:
     """The value of --method, read ahead of parsing because the options depend on it."""
     for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
         if flag.startswith("--method="):
             return flag.removeprefix("--method=")
         if flag == "--method":
             return value
-    return DEFAULT_METHOD
+    return None
 
 
 def _is_users(error: ValueError) -> bool:

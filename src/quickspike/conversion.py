@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quickspike.errors import ConversionError, DataError, OptionError
-from quickspike.graph import Site, Traced, swap
+from quickspike.graph import Site, Traced, fold, swap
 from quickspike.method import Method
 from quickspike.neuron import MAX_STEPS, AccumulatedMaxPool, Neuron, Repeat, Surrogate, Timed, unfold
 from quickspike.operators import MAX_POOLS, shape
@@ -35,6 +36,7 @@ class SpikingNetwork(nn.Module):
         sites: where the neurons stand, in order.
         method: name and options of the conversion method, as plain data.
         provenance: how the network was made, as plain data.
+        chunk: steps whose activations are in memory at a time while training; 0 for all (see `outputs_in_chunks`).
         input_shape: of one sample; the first entry (channels or features) is checked at every call.
     """
 
@@ -50,6 +52,7 @@ class SpikingNetwork(nn.Module):
         super().__init__()
         self.network, self.sites, self.steps, self.input_shape = network, sites, steps, input_shape
         self.method, self.provenance = dict(method), dict(provenance)
+        self.chunk = 0
         # Weights take gradients, as in any module; thresholds and their like only when asked to.
         for module in network.modules():
             for parameter in module.parameters(recurse=False):
@@ -62,6 +65,10 @@ class SpikingNetwork(nn.Module):
     def outputs(self, images: Tensor) -> Tensor:
         """What the last layer gives at each step on its own, `[T, B, K]`."""
         self.check_input(images)
+        if self.chunk and self.chunk < self.steps:
+            from quickspike.simulation import outputs_in_chunks
+
+            return outputs_in_chunks(self, images, self.chunk)
         return unfold(self.network(images), self.steps)
 
     def run(self, images: Tensor) -> Run:
@@ -88,11 +95,34 @@ class SpikingNetwork(nn.Module):
         if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= MAX_STEPS:
             raise OptionError(f"steps must be a whole number in [1, {MAX_STEPS}], got {steps!r}")
         other = copy.deepcopy(self)
-        other.steps = steps
-        for module in other.modules():
+        other.set_steps(steps)
+        return other
+
+    @property
+    def latency(self) -> int:
+        """Steps until the last output is there: T, and T more for every averaged neuron on the longest way through."""
+        waits: dict[fx.Node, int] = {}
+        for node in self.network.graph.nodes:
+            layer = self.network.get_submodule(str(node.target)) if node.op == "call_module" else None
+            own = isinstance(layer, Neuron) and layer.averaged and not layer.constant_input
+            waits[node] = max((waits[parent] for parent in node.all_input_nodes), default=0) + own
+        return self.steps * (1 + max(waits.values()))
+
+    @property
+    def synchronous(self) -> bool:
+        """True if layers wait for the whole window of the layer before, so that T cannot be cut short."""
+        return any(neuron.averaged for neuron in self.neurons().values())
+
+    def set_steps(self, steps: int) -> None:
+        """Let this network run for another number of steps; see `with_steps` for a copy that does."""
+        self.steps = steps
+        for module in self.modules():
             if isinstance(module, Timed):
                 module.steps = steps
-        return other
+
+    def neurons(self) -> dict[str, Neuron]:
+        """The neurons of every site by its name, in order."""
+        return {site.name: self.neuron(site.name) for site in self.sites}
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file; see `quickspike.checkpoint`."""
@@ -132,14 +162,15 @@ def to_spiking(ann: Traced, method: Method, provenance: Mapping[str, Any], surro
     """Put neurons at the sites of a prepared and fitted network.
 
     Args:
-        ann: its sites hold the method's activations. It is not modified.
+        ann: its sites hold the method's activations; batch norm is folded if it is not yet. It is not modified.
         method: gives the neurons their parameters, and T.
         provenance: kept with the network.
-        surrogate: derivative for autograd; triangular by default.
+        surrogate: derivative for autograd; by default the method's own.
 
     Raises:
         ConversionError: no path from input to output passes a neuron.
     """
+    ann = ann if ann.folded else fold(ann)
     module = ann.copy_module()
     like = next((tensor for tensor in module.parameters() if tensor.is_floating_point()), torch.empty(0))
     signals: dict[fx.Node, Signal] = {}
@@ -149,10 +180,10 @@ def to_spiking(ann: Traced, method: Method, provenance: Mapping[str, Any], surro
         if node.op == "call_module" and node.target in names:
             site = names[str(node.target)]
             constant = signals[node.args[0]] == "constant"
-            parameters = method.neuron(site, ann.at(site))
-            module.set_submodule(site.name, Neuron(parameters, method.steps, constant, surrogate).to(like))
+            parameters = replace(method.neuron(site, ann.at(site)), averaged=method.waits(site))
+            module.set_submodule(site.name, Neuron(parameters, method.steps, constant, surrogate or method.surrogate()).to(like))
         elif signals[node] == "timed" and node.op != "output":
-            _enter_time(module, node, signals, method.steps)
+            _enter_time(module, node, signals, method)
     output = next(node for node in module.graph.nodes if node.op == "output")
     if signals[output] != "timed":
         raise ConversionError(f"{ann.name}: the output does not depend on any neuron")
@@ -175,19 +206,20 @@ def _signal(node: fx.Node, known: Mapping[fx.Node, Signal], sites: Mapping[str, 
     return "constant" if "constant" in parents else "static"
 
 
-def _enter_time(module: fx.GraphModule, node: fx.Node, signals: dict[fx.Node, Signal], steps: int) -> None:
+def _enter_time(module: fx.GraphModule, node: fx.Node, signals: dict[fx.Node, Signal], method: Method) -> None:
     """Let a timed node read timed operands only, and give max-pooling its state."""
     for parent in node.all_input_nodes:
         if signals[parent] == "constant":
             name = _free_name(module, "repeat")
-            module.add_submodule(name, Repeat(steps))
+            module.add_submodule(name, Repeat(method.steps))
             with module.graph.inserting_before(node):
                 repeated = module.graph.call_module(name, (parent,))
             signals[repeated] = "timed"
             node.replace_input_with(parent, repeated)
-    if node.op == "call_module" and type(module.get_submodule(str(node.target))) in MAX_POOLS:
+    pools = node.op == "call_module" and type(module.get_submodule(str(node.target))) in MAX_POOLS
+    if pools and not method.pools_spikes:
         name = _free_name(module, str(node.target).replace(".", "_") + "_accumulated")
-        module.add_submodule(name, AccumulatedMaxPool(module.get_submodule(str(node.target)), steps))
+        module.add_submodule(name, AccumulatedMaxPool(module.get_submodule(str(node.target)), method.steps))
         node.target = name
 
 

@@ -19,6 +19,8 @@ from quickspike.errors import DataError, UnknownNameError
 
 IMAGE_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x", "data")
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
+HEAD = 2**26
+"""Values of the first images that a stream keeps, for methods that simulate a single batch."""
 BATCH = 100
 """Samples a tensor is cut into when it comes without batches."""
 
@@ -96,6 +98,7 @@ class ImageStream:
         self._one_shot: Iterator[Tensor] | None = None
         self.samples = 0
         """Images handed out in the last complete pass."""
+        self._head: list[Tensor] = []
         iterator = image_batches(source)
         first = next(iterator, None)
         if first is None:
@@ -116,26 +119,49 @@ class ImageStream:
             if self._one_shot is None:
                 raise DataError("the calibration data is a generator and was used up; give a list or a DataLoader")
             batches, self._one_shot = self._one_shot, None
-        samples = 0
+        samples, self._head = 0, []
         for number, images in enumerate(batches, 1):
             check_batch(images, f"calibration batch {number}")
             if images.shape[1:] != self.first.shape[1:]:
                 shapes = f"{list(images.shape[1:])}, the first {list(self.first.shape[1:])}"
                 raise DataError(f"calibration batch {number} holds samples of shape {shapes}; all must be alike")
             samples += len(images)
+            if sum(map(Tensor.numel, self._head)) < HEAD:
+                self._head.append(images)
             yield images
         self.samples = samples
 
-    def feed(self, module: nn.Module) -> None:
-        """Run every batch through `module` in training mode (its probes watch), without gradients."""
+    def head(self, samples: int) -> Tensor:
+        """The first images as one batch, `[B, ...]` with B at most `samples`, without another pass if there was one.
+
+        Raises:
+            DataError: there was no pass, and the source is a generator that was used up.
+        """
+        if not self._head:
+            for _ in self:
+                if sum(map(len, self._head)) >= samples:
+                    break
+        return torch.cat(self._head)[:samples]
+
+    def feed(self, module: nn.Module, watching: Iterable[nn.Module] = ()) -> None:
+        """Run every batch through `module` in evaluation mode without gradients.
+
+        Args:
+            module: the network.
+            watching: parts of it that are in training mode meanwhile, such as probes that collect statistics.
+        """
         parameter = next(module.parameters(), torch.empty(0))
-        module.train()
+        module.eval()
+        watchers = list(watching)
         try:
+            for part in watchers:
+                part.train()
             with torch.no_grad():
                 for images in self:
                     module(images.to(parameter))
         finally:
-            module.eval()
+            for part in watchers:
+                part.eval()
 
 
 # Data sets by name

@@ -19,8 +19,8 @@ from quickspike.conversion import SpikingNetwork
 from quickspike.data import DataSet, load_data
 from quickspike.errors import QuickspikeError
 from quickspike.evaluation import Report, evaluate, make_fabric
-from quickspike.files import check_writable, whole_file, write_text
-from quickspike.models import digits_cnn
+from quickspike.files import check_writable, write_text
+from quickspike.models import digits_cnn, save_weights
 from quickspike.report import plot_accuracy
 
 STEPS = (1, 2, 4, 8)
@@ -54,7 +54,7 @@ def run_demo(folder: str | Path, track: Track = lambda items, _: items) -> Demo:
     check_writable(folder / "network.safetensors")
     data = load_data("digits")
     source = train_digits(data, track=track)
-    _save_weights(source, folder / "source.safetensors")
+    save_weights(source, folder / "source.safetensors")
     networks = {name: convert(source, data.loader("train", limit=500), method=name, steps=STEPS[-1]) for name in METHODS}
     reports = {name: evaluate(snn, data.loader("test"), source, STEPS) for name, snn in networks.items()}
     path = folder / "network.safetensors"
@@ -83,13 +83,6 @@ def train_digits(data: DataSet, epochs: int = 20, seed: int = 0, track: Track = 
                 optimiser.step()
                 schedule.step()
     return model.eval()
-
-
-def _save_weights(model: nn.Module, path: Path) -> None:
-    from safetensors.torch import save
-
-    with whole_file(path) as temporary:
-        temporary.write_bytes(save(model.state_dict()))
 
 
 def _prove(snn: SpikingNetwork, path: Path, data: DataSet) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,8 @@ class Report:
     """Share of images on which spiking and source network choose the same class; empty without a reference."""
     rates: dict[str, float]
     """Mean spikes per neuron and step at each site over the whole run, in [0, 1]."""
+    latency: dict[int, int]
+    """Steps until the answer is there: T itself, or depth x T where layers wait for whole windows."""
     method: dict[str, Any]
     provenance: dict[str, Any]
     seconds: float
@@ -51,26 +54,30 @@ class Report:
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
         data["accuracy"] = {str(step): value for step, value in self.accuracy.items()}
         data["agreement"] = {str(step): value for step, value in self.agreement.items()}
+        data["latency"] = {str(step): value for step, value in self.latency.items()}
         return data
 
 
-def make_fabric(device: str = "auto", precision: str = "32-true") -> Fabric:
-    """One process on one device, through Lightning Fabric.
+def make_fabric(device: str = "auto", precision: str = "32-true", devices: int = 1, nodes: int = 1, strategy: str = "auto") -> Fabric:
+    """The processes and devices of a run, through Lightning Fabric.
 
     Args:
         device: auto, cpu, cuda, mps, ... (Fabric's accelerator names).
         precision: 32-true, bf16-mixed, ... (Fabric's precision names).
+        devices: processes on this machine, one device each; more than one are started by `launch()`.
+        nodes: machines.
+        strategy: auto, ddp, fsdp, ... (Fabric's strategy names).
 
     Raises:
-        OptionError: Fabric does not know the device or the precision, or the device is not there.
+        OptionError: Fabric does not know the device, the precision or the strategy, or the devices are not there.
     """
     from lightning_fabric import Fabric
 
     try:
-        return Fabric(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]
+        return Fabric(accelerator=device, devices=devices, num_nodes=nodes, strategy=strategy, precision=precision)  # type: ignore[arg-type]
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OptionError(f"device {device!r} with precision {precision!r} is not to be had: {reason}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OptionError(f"device {device!r} x {devices} with precision {precision!r} is not to be had: {reason}") from error
 
 
 def evaluate(
@@ -81,8 +88,12 @@ def evaluate(
     *,
     device: str = "auto",
     precision: str = "32-true",
+    fabric: Fabric | None = None,
 ) -> Report:
-    """Measure `snn` on labelled images; all step counts come from one simulation of the largest.
+    """Measure `snn` on labelled images.
+
+    All step counts come from one simulation of the largest, except where layers wait for whole windows: such a network
+    is simulated for each.
 
     Args:
         snn: the spiking network; not modified.
@@ -92,26 +103,66 @@ def evaluate(
             the network then runs longer than its thresholds were fitted for.
         device: see `make_fabric`.
         precision: see `make_fabric`.
+        fabric: launched processes that share the batches between them, each sample in exactly one; instead of `device`
+            and `precision`. Every process gets the report of all.
 
     Raises:
         DataError: no labels, labels out of range, no images, or images that do not fit.
         OptionError: a number of steps below 1.
     """
     chosen = _steps(steps, snn.steps)
-    fabric = make_fabric(device, precision)
-    network = snn.with_steps(chosen[-1])
-    fabric.to_device(network)
+    fabric = fabric or make_fabric(device, precision)
+    runs = [(step,) for step in chosen] if snn.synchronous else [chosen]
+    networks = [(snn.with_steps(steps[-1]), steps) for steps in runs]
+    for network, _ in networks:
+        fabric.to_device(network)
     source = None if reference is None else fabric.to_device(copy_of(reference))
-    tally = _Tally(chosen, network, source)
+    tally = _Tally(networks, source)
     started = time.perf_counter()
     with torch.inference_mode(), fabric.autocast():
         for number, (images, labels) in enumerate(labelled_batches(data), 1):
             _check_labels(images, labels, number)
+            if number % fabric.world_size != fabric.global_rank:
+                continue
             tally.add(fabric.to_device(images), fabric.to_device(labels), number)
+    tally.share(fabric)
     if tally.samples == 0:
         raise DataError("the evaluation data is empty; give at least one batch of (images, labels)")
-    settings = {"device": str(fabric.device), "precision": precision, "versions": versions(), "machine": machine()}
+    settings = {
+        "device": str(fabric.device),
+        "processes": fabric.world_size,
+        "precision": precision,
+        "versions": versions(),
+        "machine": machine(),
+    }
     return tally.report(snn, time.perf_counter() - started, settings)
+
+
+def summed(fabric: Fabric, numbers: Sequence[int]) -> list[int]:
+    """Each number added up over all processes."""
+    total = fabric.all_reduce(torch.tensor(numbers, dtype=torch.int64, device=fabric.device), reduce_op="sum")
+    return cast(Tensor, total).tolist()
+
+
+def accuracy_of(network: nn.Module, data: Batches, fabric: Fabric) -> float:
+    """Top-1 accuracy in percent of an ordinary network `[B, ...]` to `[B, K]` over all processes; not modified.
+
+    Raises:
+        DataError: no labels, or no images.
+    """
+    network = fabric.to_device(copy_of(network))
+    right, count = 0, 0
+    with torch.inference_mode(), fabric.autocast():
+        for number, (images, labels) in enumerate(labelled_batches(data), 1):
+            _check_labels(images, labels, number)
+            if number % fabric.world_size == fabric.global_rank:
+                answers = _fitting(partial(network, fabric.to_device(images)), "the network", images, number).argmax(1)
+                right += int((answers == fabric.to_device(labels)).sum())
+                count += len(images)
+    right, count = summed(fabric, [right, count])
+    if count == 0:
+        raise DataError("the evaluation data is empty; give at least one batch of (images, labels)")
+    return 100 * right / count
 
 
 def _steps(steps: Sequence[int] | None, own: int) -> tuple[int, ...]:
@@ -144,33 +195,37 @@ def _fitting(forward: Callable[[], Any], what: str, images: Tensor, number: int)
 class _Tally:
     """Counts over the batches seen so far."""
 
-    def __init__(self, steps: tuple[int, ...], network: SpikingNetwork, source: nn.Module | None) -> None:
-        self.steps, self.network, self.source = steps, network, source
+    def __init__(self, networks: list[tuple[SpikingNetwork, tuple[int, ...]]], source: nn.Module | None) -> None:
+        self.networks, self.source = networks, source
+        self.network, steps = networks[-1][0], tuple(step for _, own in networks for step in own)
+        self.steps = steps
         self.samples = 0
         self.right = torch.zeros(len(steps), dtype=torch.int64)
         self.agree = torch.zeros(len(steps), dtype=torch.int64)
         self.reference_right = 0
         self.spikes: dict[str, int] = {}
         self.neurons: dict[str, int] = {}
-        if len(network.input_shape) == 3:
-            network.to(memory_format=torch.channels_last)
+        for network, _ in networks:
+            if len(network.input_shape) == 3:
+                network.to(memory_format=torch.channels_last)
 
     def add(self, images: Tensor, labels: Tensor, number: int) -> None:
         """Count one batch, simulated in chunks that bound the memory."""
         for part, part_labels in self._chunks(images, labels):
-            run = _fitting(partial(simulate, self.network, part), "the spiking network", part, number)
+            runs = [_fitting(partial(simulate, network, part), "the spiking network", part, number) for network, _ in self.networks]
+            run = runs[-1]
             if run.logits.ndim != 3:
                 raise DataError(f"the network gives {list(run.logits.shape[1:])} per batch; accuracy needs logits [B, K]")
             classes = run.logits.shape[2]
             if bool((part_labels < 0).any()) or bool((part_labels >= classes).any()):
                 found = f"{int(part_labels.min())}..{int(part_labels.max())}"
                 raise DataError(f"evaluation batch {number}: labels {found} do not fit a network with {classes} classes (0..{classes - 1})")
-            chosen = run.logits.argmax(2)[[step - 1 for step in self.steps]]
+            pairs = zip(runs, self.networks, strict=True)
+            chosen = torch.cat([one.logits.argmax(2)[[step - 1 for step in steps]] for one, (_, steps) in pairs])
             self.right += (chosen == part_labels).sum(1).cpu()
             self.samples += len(part)
             for site, counts in run.spikes.items():
                 self.spikes[site] = self.spikes.get(site, 0) + int(counts.sum())
-                self.neurons[site] = counts[0].numel()
             if self.source is not None:
                 logits = _fitting(partial(self.source, part), "the reference", part, number)
                 if logits.shape != run.logits.shape[1:]:
@@ -179,6 +234,23 @@ class _Tally:
                 answer = logits.argmax(1)
                 self.reference_right += int((answer == part_labels).sum())
                 self.agree += (chosen == answer).sum(1).cpu()
+
+    def share(self, fabric: Fabric) -> None:
+        """Add up what all processes counted."""
+        sites = [site.name for site in self.network.sites]
+        own = [
+            self.samples,
+            self.reference_right,
+            *self.right.tolist(),
+            *self.agree.tolist(),
+            *(self.spikes.get(site, 0) for site in sites),
+        ]
+        total = summed(fabric, own)
+        self.samples, self.reference_right, *rest = total
+        count = len(self.steps)
+        self.right, self.agree = torch.tensor(rest[:count]), torch.tensor(rest[count : 2 * count])
+        self.spikes = dict(zip(sites, rest[2 * count :], strict=True))
+        self.neurons = {site.name: math.prod(site.shape) for site in self.network.sites}
 
     def _chunks(self, images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
         size = max(1, CHUNK // (images[0].numel() * self.network.steps))
@@ -197,6 +269,7 @@ class _Tally:
             accuracy=percent(self.right),
             reference_accuracy=None if self.source is None else 100 * self.reference_right / self.samples,
             agreement={} if self.source is None else percent(self.agree),
+            latency={step: network.latency // network.steps * step for network, steps in self.networks for step in steps},
             rates={site: total / (self.neurons[site] * slots) for site, total in self.spikes.items()},
             method=copy.deepcopy(snn.method),
             provenance=copy.deepcopy(snn.provenance),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,7 +14,7 @@ from quickspike.classify import activate, classify
 from quickspike.coverage import Coverage, Finding
 from quickspike.errors import TraceError
 from quickspike.operators import ReLU
-from quickspike.rewrite import fold_batch_norm, move_max_pools
+from quickspike.rewrite import fold_batch_norm, move_max_pools, remove_dropout
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Site:
     """Of one sample, without the batch axis: (C, H, W) or (C,)."""
     source: str = ""
     """The user's line of code."""
+    encodes_input: bool = False
+    """True where nothing but the image itself comes in: these neurons turn pixels into spikes."""
 
     @property
     def channels(self) -> int:
@@ -54,6 +56,8 @@ class Traced:
     coverage: Coverage
     example_shape: tuple[int, ...]
     """Of one input sample, without the batch axis."""
+    folded: bool = True
+    """False while batch norm and dropout stand in the graph, for training."""
 
     @property
     def name(self) -> str:
@@ -69,12 +73,14 @@ class Traced:
         return copy.deepcopy(self.module, {id(self.at(site)): self.at(site) for site in self.sites})
 
 
-def trace(model: nn.Module, example: Tensor) -> Traced:
+def trace(model: nn.Module, example: Tensor, *, trainable: bool = False, pools_in_front: bool = True) -> Traced:
     """Copy `model`, record it as a graph, and find its activation sites.
 
     Args:
         model: the source network, any mode; it is not modified.
         example: at least one input sample, `[B, ...]`, normalised as in training.
+        trainable: keep batch norm and dropout layers as they are, so that the graph can be trained; `fold` ends that.
+        pools_in_front: move max-pooling in front of the activation it follows.
 
     Raises:
         UnsupportedOperatorError: names every operator that does not convert, with its line and the way out.
@@ -83,11 +89,21 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
     """
     captured = capture(model, example)
     sizes = measure(captured.module, captured.example)
-    coverage = classify(captured.module, sizes, captured.name)
+    coverage = classify(captured.module, sizes, captured.name, trainable)
     coverage.raise_if_unsupported()
     if not coverage.having("neuron"):
         raise TraceError(f"{captured.name} holds no activation that could become a neuron (ReLU, ReLU6, clamp at 0)")
-    return Traced(captured.module, _rewrite(captured, sizes), coverage, tuple(captured.example.shape[1:]))
+    sites = _rewrite(captured, sizes, not trainable, pools_in_front)
+    return Traced(captured.module, sites, coverage, tuple(captured.example.shape[1:]), folded=not trainable)
+
+
+def fold(traced: Traced) -> Traced:
+    """A copy of a trained graph with batch norm folded into the layers before it and dropout taken out."""
+    module = copy.deepcopy(traced.module).eval()
+    like = next(module.parameters(), torch.empty(0))
+    remove_dropout(module)
+    fold_batch_norm(module, measure(module, torch.zeros(1, *traced.example_shape).to(like)))
+    return replace(traced, module=module, folded=True)
 
 
 def inspect(model: nn.Module, example: Tensor) -> Coverage:
@@ -105,17 +121,19 @@ def inspect(model: nn.Module, example: Tensor) -> Coverage:
         if not coverage.convertible:
             return coverage
         findings = coverage.findings
-        _rewrite(captured, sizes)
+        _rewrite(captured, sizes, True, True)
     except TraceError as error:
         reason, _, way_out = str(error).partition(". Way out: ")
         return Coverage(name, (*findings, Finding("forward", name, "unsupported", reason, way_out)))
     return coverage
 
 
-def _rewrite(captured: Captured, sizes: Sizes) -> tuple[Site, ...]:
+def _rewrite(captured: Captured, sizes: Sizes, folded: bool, pools_in_front: bool) -> tuple[Site, ...]:
     """Fold, move, name the sites, and prove that the graph still computes what the source network computes."""
-    fold_batch_norm(captured.module, sizes)
-    move_max_pools(captured.module)
+    if folded:
+        fold_batch_norm(captured.module, sizes)
+    if pools_in_front:
+        move_max_pools(captured.module)
     calls = _name_sites(captured.module)
     recorder = run_recorded(captured.module, captured.example)
     if recorder.failed:
@@ -126,7 +144,26 @@ def _rewrite(captured: Captured, sizes: Sizes) -> tuple[Site, ...]:
     with torch.no_grad():
         _verify(captured, captured.source(noise.clone()), captured.module(noise))
     shapes = {call: recorder.values[call.name][1:] for call in calls}
-    return tuple(Site(str(call.target), call.meta["function"], call.meta["ceiling"], shapes[call], source_of(call)) for call in calls)
+    weighted = _weighted(captured.module)
+    return tuple(
+        Site(str(call.target), call.meta["function"], call.meta["ceiling"], shapes[call], source_of(call), call not in weighted)
+        for call in calls
+    )
+
+
+def _weighted(module: fx.GraphModule) -> set[fx.Node]:
+    """Nodes that a parameter or an activation lies in front of."""
+    found: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        own = node.op == "get_attr" or any(True for _ in (layer.parameters() if layer is not None else ()))
+        if own or any(parent in found or isinstance(_site_module(module, parent), ReLU) for parent in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _site_module(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def swap(traced: Traced, maker: Callable[[Site, nn.Module], nn.Module]) -> Traced:
@@ -134,7 +171,7 @@ def swap(traced: Traced, maker: Callable[[Site, nn.Module], nn.Module]) -> Trace
     module = traced.copy_module()
     for site in traced.sites:
         module.set_submodule(site.name, maker(site, traced.at(site)))
-    return Traced(module, traced.sites, traced.coverage, traced.example_shape)
+    return replace(traced, module=module)
 
 
 def _name_sites(module: fx.GraphModule) -> list[fx.Node]:

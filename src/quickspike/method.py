@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from torch import nn
 
 from quickspike.errors import ConversionError, OptionError, UnknownNameError
-from quickspike.neuron import MAX_STEPS
+from quickspike.neuron import MAX_STEPS, Surrogate
 from quickspike.options import option, options_of, validate
+from quickspike.tuning import Tuning, end_to_end
 
 if TYPE_CHECKING:
+    from quickspike.conversion import SpikingNetwork
     from quickspike.data import ImageStream
     from quickspike.graph import Site, Traced
     from quickspike.neuron import NeuronParameters
+    from quickspike.training import Train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,24 +50,55 @@ class Method(abc.ABC):
     paper: ClassVar[Paper]
 
     steps: int = option(8, "time steps the spiking network runs for", unit="steps", low=1, high=MAX_STEPS)
+    synchronous: bool = option(
+        False,
+        "every layer waits for the whole window of the one before and integrates its mean: no error from spike order, depth x T steps",
+    )
 
     def __post_init__(self) -> None:
         validate(self)
+
+    @property
+    def pools_spikes(self) -> bool:
+        """True: max-pooling looks at the spikes of every step; False: it moves in front of the neuron and accumulates."""
+        return False
+
+    def waits(self, site: Site) -> bool:
+        """True if the neurons at `site` wait for the whole window of the layer before."""
+        return self.synchronous and not site.encodes_input
+
+    def source(self, model: nn.Module) -> nn.Module:
+        """The network that is traced: `model` itself, or `model` behind something that the method needs in front of it."""
+        return model
 
     @abc.abstractmethod
     def activation(self, site: Site) -> nn.Module:
         """What stands at `site` while the source network is calibrated or trained."""
 
+    def fit(self, ann: Traced, images: ImageStream, train: Train | None = None) -> None:
+        """Fit the prepared network `ann` in place: calibrate it with unlabelled images, and train it if `train` is given.
+
+        By default one pass over the images, in which the activations are in training mode without gradients and can
+        watch, then one stage of training of all parameters.
+        """
+        images.feed(ann.module, [ann.at(site) for site in ann.sites])
+        if train is not None:
+            train(ann.module, "ann")
+
     @abc.abstractmethod
     def neuron(self, site: Site, activation: nn.Module) -> NeuronParameters:
         """Threshold, initial potential, leak and amplitude of the neurons at `site`, from the fitted activation."""
 
-    def fit(self, ann: Traced, images: ImageStream) -> None:
-        """Adjust the prepared network `ann` in place with unlabelled images.
+    def surrogate(self) -> Surrogate:
+        """The derivative that stands in for that of the step function when the spiking network is trained."""
+        return Surrogate()
 
-        By default one pass over them in training mode, in which activations such as `CeilingProbe` watch.
-        """
-        images.feed(ann.module)
+    def adjust(self, snn: SpikingNetwork, images: ImageStream) -> None:  # noqa: B027 - a hook that may stay empty
+        """Adjust the converted network in place with unlabelled images. By default nothing."""
+
+    def tune(self, snn: SpikingNetwork, train: Train, tuning: Tuning) -> None:
+        """Train the spiking network `snn` in place. By default end to end with surrogate gradients."""
+        end_to_end(snn, train, tuning)
 
     def to_json(self) -> dict[str, Any]:
         """Name and options as plain data; `from_json` gives the same method back."""

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import pickle
 import sys
+import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,49 +18,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quickspike.errors import QuickspikeError, UnknownNameError
+from quickspike.errors import OptionError, QuickspikeError, UnknownNameError
+from quickspike.files import whole_file
+from quickspike.networks import BUILDERS, Options
+from quickspike.networks import digits_cnn as digits_cnn
+from quickspike.options import options_of
 
 
 class ModelError(QuickspikeError):
     """A model or its weights cannot be loaded."""
 
 
-def digits_cnn() -> nn.Sequential:
-    """Three convolutions with batch norm for the embedded 8 x 8 digits: `[B, 1, 8, 8]` to `[B, 10]`."""
-
-    def block(channels_in: int, channels_out: int) -> list[nn.Module]:
-        return [nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU()]
-
-    return nn.Sequential(
-        *block(1, 32),
-        *block(32, 32),
-        nn.AvgPool2d(2),
-        *block(32, 64),
-        nn.AvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(256, 64),
-        nn.ReLU(),
-        nn.Linear(64, 10),
-    )
+REGISTERED: dict[str, Callable[..., nn.Module]] = dict(BUILDERS)
+"""Name -> builder, which takes the fields of `networks.Options` as keywords."""
 
 
-REGISTERED: dict[str, Callable[[], nn.Module]] = {"digits_cnn": digits_cnn}
-
-
-def load_model(name: str, weights: str | Path | None = None) -> nn.Module:
+def load_model(name: str, weights: str | Path | None = None, seed: int = 0) -> nn.Module:
     """A network by its name on the command line, in evaluation mode.
 
     Args:
-        name: a registered name, `torchvision:NAME`, `timm:NAME`, or `FILE.py:FACTORY` (a function without arguments).
+        name: a registered name, with options if wanted (`vgg16,pool=max,classes=100`), `torchvision:NAME`, `timm:NAME`,
+            or `FILE.py:FACTORY` (a function without arguments).
         weights: safetensors, or a .pt/.pth/.th file that `torch.load` reads with weights_only. Without it the
-            weights are what the factory gives (for torchvision and timm random, seed 0).
+            weights are what the factory gives (random ones are drawn from `seed`).
+        seed: of random weights.
 
     Raises:
-        UnknownNameError: no such model; the message offers the nearest name.
-        ModelError: the file, the factory or the weights are unusable.
+        UnknownNameError: no such model or option; the message offers the nearest name.
+        ModelError: the value of an option, the file, the factory or the weights are unusable.
     """
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = _build(name)
     if weights is not None:
         load_weights(model, weights)
@@ -75,9 +64,42 @@ def _build(name: str) -> nn.Module:
     file, colon, factory = name.rpartition(":")
     if colon and file.endswith(".py"):
         return _from_file(Path(file), factory)
-    if name in REGISTERED:
-        return REGISTERED[name]()
-    raise UnknownNameError("model", name, (*REGISTERED, "torchvision:NAME", "timm:NAME", "FILE.py:FACTORY"))
+    registered, *pairs = name.split(",")
+    if registered in REGISTERED:
+        return _registered(registered, pairs)
+    forms = ("torchvision:NAME", "timm:NAME", "FILE.py:FACTORY")
+    # No registered name has a colon: who writes one means one of the other forms.
+    raise UnknownNameError("model", registered, forms if ":" in registered else (*REGISTERED, *forms))
+
+
+def _registered(name: str, pairs: list[str]) -> nn.Module:
+    """The registered network of that name with the options `key=value`."""
+    known = {key: kind for key, (_, kind, _) in options_of(Options).items()}
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals:
+            raise ModelError(f"{name}: {pair!r} is not an option; write options as {name},key=value,key=value")
+        if key not in known:
+            raise UnknownNameError(f"option of {name}", key, known)
+        if key in options:
+            raise ModelError(f"{name}: {key} is given twice")
+        options[key] = _value(value, known[key])
+    try:
+        return REGISTERED[name](**options)
+    except OptionError as error:
+        raise ModelError(str(error)) from error
+
+
+def _value(text: str, kind: Any) -> Any:
+    """What `text` stands for; if it stands for nothing, `text` itself, which the check of the options then refuses."""
+    choices = (True, False) if kind is bool else typing.get_args(kind)
+    if choices:
+        return {str(choice).lower(): choice for choice in choices}.get(text.lower(), text)
+    try:
+        return kind(text)
+    except ValueError:
+        return text
 
 
 def _torchvision(name: str) -> nn.Module:
@@ -183,3 +205,16 @@ def _read_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, Mapping):
         raise ModelError(f"{path}: holds a {type(state).__name__}; save model.state_dict()")
     return dict(state)
+
+
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """Write the state dict of `model` as safetensors, whole or not at all.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    from safetensors.torch import save
+
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with whole_file(path) as temporary:
+        temporary.write_bytes(save(state))

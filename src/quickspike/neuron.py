@@ -13,7 +13,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,9 @@ class Surrogate:
     shape: SurrogateShape = "triangular"
     width: float = 1.0
     scale: float = 1.0
+    unscaled: bool = False
+    """The gradients that the code of arXiv 2112.12133 takes: the height of a spike is left out of dL/dm, and every
+    element, silent or not, hands its gradient to the threshold."""
 
     def __post_init__(self) -> None:
         if self.shape not in ("triangular", "boxcar", "arctan", "sigmoid"):
@@ -60,22 +63,103 @@ class Surrogate:
         return 4 * self.scale * gate * (1 - gate)
 
 
-class _Fire(torch.autograd.Function):
-    """1 where m >= theta (strict: m > theta); backward by the surrogate of u = m/theta - 1."""
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """What of a neuron is no tensor."""
 
-    @staticmethod
-    def forward(ctx: Any, m: Tensor, theta: Tensor, strict: bool, surrogate: Surrogate) -> Tensor:
-        ctx.save_for_backward(m, theta)
-        ctx.surrogate = surrogate
+    steps: int
+    constant: bool
+    strict: bool
+    surrogate: Surrogate
+
+    def fire(self, m: Tensor, theta: Tensor) -> Tensor:
         # Compared directly: dividing by theta first would round, and move spikes that sit on the boundary.
-        return (m > theta if strict else m >= theta).to(m)
+        return m > theta if self.strict else m >= theta
+
+
+class _Scan(torch.autograd.Function):
+    """All steps of soft-reset integrate-and-fire at once, with its backward pass written out.
+
+    Kept for backward are the potentials before the reset, m, and the spikes as booleans; everything else is
+    recomputed. The reset takes spikes as given: no gradient flows through its indicator, as in the papers that
+    fine-tune. With e = dL/ds(t) h'(u(t)), u = m/theta - 1:
+
+        dL/dm(t) = leak dL/dm(t+1) + e/theta        dL/dleak = sum_t dL/dm(t) v(t-1)
+        dL/dtheta = - sum_t e m(t)/theta^2 - sum_t s(t) dL/dv(t),    dL/dv(t) = leak dL/dm(t+1)
+    """
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        m, theta = ctx.saved_tensors
-        du = gradients[0] * ctx.surrogate.derivative(m / theta - 1)
-        d_theta = (-du * m / theta.square()).sum_to_size(theta.shape) if ctx.needs_input_grad[1] else None
-        return du / theta, d_theta, None, None
+    def forward(ctx: Any, current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Tensor, rule: _Rule) -> tuple[Tensor, Tensor]:
+        """(outputs `[T*B, ...]`, final potential `[B, ...]`) from currents `[T*B, ...]`, or `[B, ...]` if constant."""
+        steps = rule.steps
+        inputs = current.expand(steps, *current.shape) if rule.constant else unfold(current, steps)
+        # Half-precision currents of autocast are integrated in the precision of the thresholds.
+        dtype = torch.promote_types(current.dtype, theta.dtype)
+        shape = (steps * inputs.shape[1], *inputs.shape[2:])
+        out = torch.empty(shape, dtype=current.dtype, device=current.device, memory_format=_format(inputs[0]))
+        keep = any(ctx.needs_input_grad)
+        potentials, fired = [], []
+        before = v
+        for t, slot in zip(range(steps), out.view(steps, *inputs.shape[1:]), strict=True):
+            m = torch.addcmul(inputs[t].to(dtype), leak, v.to(dtype))
+            spikes = rule.fire(m, theta)
+            if keep:
+                potentials.append(m.to(current.dtype))
+                fired.append(spikes)
+            slot.copy_(spikes * amplitude)
+            v = torch.addcmul(m, theta, spikes.to(dtype), value=-1)
+        if keep:
+            ctx.save_for_backward(before, theta, leak, amplitude, *potentials, *fired)
+            ctx.rule, ctx.shape = rule, current.shape
+        return out, v
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        before, theta, leak, amplitude, *saved = ctx.saved_tensors
+        rule: _Rule = ctx.rule
+        potentials, fired = saved[: rule.steps], saved[rule.steps :]
+        g = unfold(gradients[0], rule.steps)
+        need_current, need_v, need_theta, need_leak, need_amplitude, _ = ctx.needs_input_grad
+        to_theta, to_leak, to_amplitude = (torch.zeros_like(parameter) for parameter in (theta, leak, amplitude))
+        dv = gradients[1]
+        parts: list[Tensor] = []
+        for t in reversed(range(rule.steps)):
+            m, s = potentials[t].to(dv.dtype), fired[t]
+            ds = g[t].to(dv.dtype) if rule.surrogate.unscaled else g[t] * amplitude
+            e = ds * rule.surrogate.derivative(m / theta - 1) / theta
+            if need_theta:
+                to_theta -= _reduced(torch.addcmul(e * m / theta, s.to(dv.dtype), dv), theta)
+            if need_amplitude:
+                to_amplitude += _reduced(g[t] if rule.surrogate.unscaled else g[t] * s, amplitude)
+            dm = dv + e
+            if need_leak:
+                v = before if t == 0 else torch.addcmul(potentials[t - 1].to(dv.dtype), theta, fired[t - 1].to(dv.dtype), value=-1)
+                to_leak += _reduced(dm * v, leak)
+            parts.append(dm)
+            dv = leak * dm
+        current = None
+        if need_current:
+            dtype = gradients[0].dtype
+            current = torch.stack(parts).sum(0).to(dtype) if rule.constant else torch.cat(parts[::-1]).to(dtype)
+        initial = _reduced(dv, before) if need_v else None
+        return (
+            current,
+            initial,
+            to_theta if need_theta else None,
+            to_leak if need_leak else None,
+            to_amplitude if need_amplitude else None,
+            None,
+        )
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _reduced(gradient: Tensor, like: Tensor) -> Tensor:
+    """Summed to the shape of the parameter that was broadcast."""
+    return gradient.float().sum_to_size(like.shape).to(like.dtype) if like.dtype != torch.float64 else gradient.sum_to_size(like.shape)
 
 
 class _Bounded(torch.autograd.Function):
@@ -93,6 +177,12 @@ class _Bounded(torch.autograd.Function):
         low, high = ctx.bounds
         gradient = gradients[0]
         return gradient * (((x >= low) | (gradient < 0)) & ((x <= high) | (gradient > 0))), None, None
+
+
+def keep_positive(value: Tensor) -> Tensor:
+    """A learned threshold or ceiling as it acts: at least `SMALLEST_THRESHOLD`, with a gradient that leads back."""
+    smallest = max(SMALLEST_THRESHOLD, torch.finfo(value.dtype).tiny)
+    return cast(Tensor, _Bounded.apply(value, smallest, math.inf))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +204,8 @@ class NeuronParameters:
     scaled: bool = True
     strict: bool = False
     """Fire at m > theta instead of m >= theta."""
+    averaged: bool = False
+    """Wait for all T steps of the layer before and integrate their mean current (synchronous) instead of streaming."""
 
     def __post_init__(self) -> None:
         for name in ("threshold", "initial", "leak", "amplitude"):
@@ -136,17 +228,17 @@ def unfold(x: Tensor, steps: int) -> Tensor:
 class Timed(nn.Module, abc.ABC):
     """A layer that knows time. Layers without state need not be one: time is folded into their batch axis.
 
-    forward() takes all steps at once, `[T*B, ...]`; step() takes one, `[B, ...]`, and must give the same numbers.
+    forward() takes all steps at once, `[T*B, ...]`; scan() takes some, and goes on from a state.
     """
 
     steps: int
 
     @abc.abstractmethod
-    def forward(self, x: Tensor) -> Tensor: ...
+    def scan(self, x: Tensor, state: Any, steps: int) -> tuple[Tensor, Any]:
+        """Outputs `[steps*B, ...]` of the next steps, and the new state; `state` is None at the beginning."""
 
-    @abc.abstractmethod
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Output and new state after one step; `state` is None at the first."""
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scan(x, None, self.steps)[0]
 
 
 class Neuron(Timed):
@@ -162,8 +254,10 @@ class Neuron(Timed):
     def __init__(self, parameters: NeuronParameters, steps: int, constant_input: bool, surrogate: Surrogate | None = None) -> None:
         super().__init__()
         self.steps, self.constant_input = steps, constant_input
-        self.scaled, self.strict = parameters.scaled, parameters.strict
+        self.scaled, self.strict, self.averaged = parameters.scaled, parameters.strict, parameters.averaged
         self.surrogate = surrogate or Surrogate()
+        self.dropout = 0.0
+        """Share of the neurons that are silenced in training mode, the same ones at every step of a batch."""
         for name in ("threshold", "initial", "leak", "amplitude"):
             self.register_parameter(name, nn.Parameter(getattr(parameters, name), requires_grad=False))
 
@@ -172,44 +266,70 @@ class Neuron(Timed):
     leak: nn.Parameter
     amplitude: nn.Parameter
 
-    def forward(self, x: Tensor) -> Tensor:
-        current = x.expand(self.steps, *x.shape) if self.constant_input else unfold(x, self.steps)
-        spikes, state = [], None
-        for t in range(self.steps):
-            out, state = self.step(current[t], state)
-            spikes.append(out)
-        return torch.stack(spikes).flatten(0, 1)
+    def scan(self, x: Tensor, state: Any, steps: int) -> tuple[Tensor, Any]:
+        theta, leak = self.bounded()
+        v, mask = state or (self.initial * theta, None)
+        constant = self.constant_input
+        if self.averaged:
+            self._check_whole(steps)
+            x, constant = (x if constant else unfold(x, steps).mean(0)), True
+        amplitude = self.amplitude * theta if self.scaled else self.amplitude
+        if self.surrogate.unscaled and self.scaled:
+            # The published code's gradient to the threshold lacks the amplitude.
+            amplitude = amplitude.detach() + (theta - theta.detach())
+        out, v = integrate(x, v, theta, leak, amplitude, steps, constant=constant, strict=self.strict, surrogate=self.surrogate)
+        if self.training and self.dropout:
+            spikes = unfold(out, steps)
+            if mask is None:
+                mask = (torch.rand_like(spikes[0], dtype=torch.float32) >= self.dropout).to(out) / (1 - self.dropout)
+            out = (spikes * mask).flatten(0, 1)
+        return out, (v, mask)
 
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        smallest = max(SMALLEST_THRESHOLD, torch.finfo(self.threshold.dtype).tiny)
-        theta = _Bounded.apply(self.threshold, smallest, math.inf)
-        leak = _Bounded.apply(self.leak, 0.0, 1.0)
-        v = self.initial * theta if state is None else state
-        spike, v = integrate_and_fire(x, v, theta, leak, self.strict, self.surrogate)
-        return spike * (self.amplitude * theta if self.scaled else self.amplitude), v
+    def bounded(self) -> tuple[Tensor, Tensor]:
+        """Threshold and leak as they act: positive, and within [0, 1]."""
+        return keep_positive(self.threshold), _Bounded.apply(self.leak, 0.0, 1.0)
+
+    def _check_whole(self, steps: int) -> None:
+        if steps != self.steps:
+            raise ConversionError(
+                f"averaged neurons wait for all {self.steps} steps of the layer before, so they cannot run {steps} at a time. "
+                "Way out: simulate without step_by_step, tune with chunk=0, or convert with streaming neurons"
+            )
 
     def extra_repr(self) -> str:
         count = self.threshold.numel()
         theta = f"{float(self.threshold.mean()):.4g}" + (f" (mean of {count})" if count > 1 else "")
-        return f"theta={theta}, v0={float(self.initial.mean()):g} theta, leak={float(self.leak.mean()):g}, steps={self.steps}"
+        kind = ", averaged" if self.averaged else ""
+        return f"theta={theta}, v0={float(self.initial.mean()):g} theta, leak={float(self.leak.mean()):g}, steps={self.steps}{kind}"
 
 
-def integrate_and_fire(
-    current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, strict: bool, surrogate: Surrogate
+def integrate(
+    current: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    leak: Tensor,
+    amplitude: Tensor,
+    steps: int,
+    *,
+    constant: bool = False,
+    strict: bool = False,
+    surrogate: Surrogate | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step of soft-reset integrate-and-fire: (spikes in {0, 1}, new membrane potential).
+    """Soft-reset integrate-and-fire over all steps: (outputs `[T*B, ...]`, final membrane potential `[B, ...]`).
 
     Args:
-        current: input of this step, `[B, ...]`.
-        v: membrane potential after the step before, broadcastable to `current`.
+        current: `[T*B, ...]`, time first; `[B, ...]` where it is the same at every step.
+        v: membrane potential before the first step, broadcastable to one step of `current`.
         theta: threshold, scalar or per channel, broadcastable.
         leak: likewise, in [0, 1].
+        amplitude: height of a spike, likewise.
+        steps: T.
+        constant: `current` is one step's.
         strict: fire at m > theta instead of m >= theta.
-        surrogate: derivative of the step function for autograd.
+        surrogate: derivative of the step function for autograd; triangular by default.
     """
-    m = torch.addcmul(current, leak, v)
-    spikes: Tensor = _Fire.apply(m, theta, strict, surrogate)
-    return spikes, torch.addcmul(m, theta, spikes, value=-1)
+    rule = _Rule(steps, constant, strict, surrogate or Surrogate())
+    return _Scan.apply(current, v, theta, leak, amplitude, rule)  # type: ignore[no-any-return]
 
 
 class Repeat(Timed):
@@ -219,11 +339,8 @@ class Repeat(Timed):
         super().__init__()
         self.steps = steps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x.expand(self.steps, *x.shape).flatten(0, 1)
-
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        return x, state
+    def scan(self, x: Tensor, state: Any, steps: int) -> tuple[Tensor, Any]:
+        return x.expand(steps, *x.shape).flatten(0, 1), state
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}"
@@ -241,17 +358,12 @@ class AccumulatedMaxPool(Timed):
         super().__init__()
         self.pool, self.steps = pool, steps
 
-    def forward(self, x: Tensor) -> Tensor:
-        outputs, state = [], None
-        for current in unfold(x, self.steps):
-            out, state = self.step(current, state)
-            outputs.append(out)
-        return torch.stack(outputs).flatten(0, 1)
-
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        if state is None:
-            pooled = self.pool(x)
-            return pooled, (x, pooled)
-        total = state[0] + x
-        pooled = self.pool(total)
-        return pooled - state[1], (total, pooled)
+    def scan(self, x: Tensor, state: Any, steps: int) -> tuple[Tensor, Any]:
+        total, pooled = state or (0.0, 0.0)
+        outputs = []
+        for current in unfold(x, steps):
+            total = total + current
+            now = self.pool(total)
+            outputs.append(now - pooled)
+            pooled = now
+        return torch.cat(outputs), (total, pooled)

@@ -86,7 +86,8 @@ MAX_POOLS: dict[type[nn.Module], tuple[str, ...]] = {
     **dict.fromkeys((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d), ("output_size",)),
 }
 
-NO_OPERATION_LAYERS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+DROPOUT_LAYERS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+NO_OPERATION_LAYERS = (nn.Identity, *DROPOUT_LAYERS)
 """Layers that do nothing in evaluation mode."""
 
 

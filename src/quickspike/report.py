@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -111,3 +112,47 @@ def plot_accuracy(reports: Mapping[str, Report], path: str | Path) -> None:
     axes.legend()
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150, metadata={"Software": "quickspike"})
+
+
+def compare_table(reports: Mapping[str, Mapping[int, Report]]) -> Table:
+    """One row per method, one column per number of steps; with an asterisk where the answer takes longer than T."""
+    first = next(iter(next(iter(reports.values())).values()))
+    table = Table(title=f"accuracy in % on {first.samples} images; source network {_percent(first.reference_accuracy)}")
+    table.add_column("method", overflow="fold")
+    for step in next(iter(reports.values())):
+        table.add_column(f"T = {step}", justify="right")
+    waits = False
+    for name, found in reports.items():
+        waits |= any(report.latency[step] > step for step, report in found.items())
+        cells = (f"{report.accuracy[step]:.2f}{'*' if report.latency[step] > step else ''}" for step, report in found.items())
+        table.add_row(name, *cells)
+    if waits:
+        table.caption = "* layers wait for whole windows: the answer takes depth x T steps"
+    return table
+
+
+def recipe_tables(result: Mapping[str, Any]) -> RenderableType:
+    """What a recipe gave, mean and standard deviation over its seeds, beside the published figures."""
+    summary, runs = result["summary"], result["runs"]
+    table = Table(title=f"{result['title']}: accuracy in % on {runs[0]['test_images']} images, {len(runs)} seed(s)")
+    stages = [stage for stage in ("converted", "tuned") if stage in summary]
+    for heading in ("", "latency", *stages, "published"):
+        table.add_column(heading, justify="right" if heading else "left", overflow="fold")
+    for stage, name in (("source", "source network"), ("ann", "network that was converted")):
+        if stage in summary:
+            published = next((figure for figure in result["published"] if figure["ann"] is not None), None)
+            cells = [_spread(summary[stage]), *[""] * (len(stages) - 1)]
+            table.add_row(name, "", *cells, f"{published['ann']:.2f}, {published['network']}" if published and stage == "ann" else "")
+    for step in summary[stages[-1]]:
+        figures = [figure for figure in result["published"] if str(figure["steps"]) == step]
+        cells = [_spread(summary[stage][step]) for stage in stages]
+        table.add_row(f"T = {step}", str(runs[0]["latency"][step]), *cells, "\n".join(map(_figure, figures)))
+    return table
+
+
+def _spread(values: Mapping[str, Any]) -> str:
+    return f"{values['mean']:.2f} ± {values['std']:.2f}" if values["n"] > 1 else f"{values['mean']:.2f}"
+
+
+def _figure(figure: Mapping[str, Any]) -> str:
+    return f"{figure['accuracy']:.2f}, {figure['network']}, {figure['stage']} [{figure['evidence']}]"

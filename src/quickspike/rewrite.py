@@ -10,7 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from quickspike.capture import Sizes
 from quickspike.classify import BATCH_NORMS, activate
-from quickspike.operators import MAX_POOLS, Affine
+from quickspike.operators import DROPOUT_LAYERS, MAX_POOLS, Affine
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -72,6 +72,16 @@ def _affine(norm: Any) -> Affine:
         affine.weight.copy_(gamma * torch.rsqrt(var + norm.eps))
         affine.bias.copy_(beta - mean * affine.weight)
     return affine.requires_grad_(False)
+
+
+def remove_dropout(module: fx.GraphModule) -> None:
+    """Take the dropout layers out, which do nothing once training is over."""
+    for node in list(module.graph.nodes):
+        if isinstance(_layer(module, node), DROPOUT_LAYERS):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    module.delete_all_unused_submodules()
+    module.recompile()
 
 
 def move_max_pools(module: fx.GraphModule) -> None:

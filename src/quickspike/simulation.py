@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils.checkpoint import checkpoint
 
 from quickspike.conversion import SpikingNetwork, readout
 from quickspike.neuron import Neuron, Timed, unfold
@@ -68,26 +69,49 @@ def _layer_by_layer(snn: SpikingNetwork, images: Tensor) -> Run:
     return Run(readout(outputs), interpreter.spikes)
 
 
-class _OneStep(fx.Interpreter):
-    """The graph for one step; the states of its timed layers outlive the call."""
+class _Part(fx.Interpreter):
+    """The graph for some of the steps; the states of its timed layers go in and come out."""
 
-    def __init__(self, snn: SpikingNetwork) -> None:
+    def __init__(self, snn: SpikingNetwork, states: Mapping[str, Any], steps: int) -> None:
         super().__init__(snn.network)
-        self.states: dict[str, Any] = {}
-        self.spikes: dict[str, Tensor] = {}
+        self.states, self.steps = dict(states), steps
+        self.fired: dict[str, Tensor] = {}
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         layer = self.fetch_attr(target)
         if not isinstance(layer, Timed):
             return super().call_module(target, args, kwargs)
         # Every timed layer is called by exactly one node, so that its name can key its state.
-        out, self.states[target] = layer.step(args[0], self.states.get(target))
+        out, self.states[target] = layer.scan(args[0], self.states.get(target), self.steps)
         if isinstance(layer, Neuron):
-            self.spikes[target] = self.spikes.get(target, 0) + out.detach().ne(0).long()
+            self.fired[target] = unfold(out.detach(), self.steps).ne(0).sum(0)
         return out
 
 
 def _step_by_step(snn: SpikingNetwork, images: Tensor) -> Run:
-    interpreter = _OneStep(snn)
-    outputs = torch.stack([interpreter.run(images) for _ in range(snn.steps)])
-    return Run(readout(outputs), interpreter.spikes)
+    outputs, spikes, states = [], dict[str, Tensor](), dict[str, Any]()
+    for _ in range(snn.steps):
+        part = _Part(snn, states, 1)
+        outputs.append(part.run(images))
+        states = part.states
+        spikes = {site: spikes.get(site, 0) + fired for site, fired in part.fired.items()}
+    return Run(readout(torch.stack(outputs)), spikes)
+
+
+def outputs_in_chunks(snn: SpikingNetwork, images: Tensor, chunk: int) -> Tensor:
+    """What the last layer gives at each step, `[T, B, K]`, with the activations of `chunk` steps in memory at a time.
+
+    The activations of earlier chunks are computed again in the backward pass (activation checkpointing over time);
+    only the membrane potentials between chunks are kept. Numbers and gradients are those of `snn.outputs`.
+    """
+
+    def run(states: Mapping[str, Any], steps: int) -> tuple[Tensor, dict[str, Any]]:
+        part = _Part(snn, states, steps)
+        return unfold(part.run(images), steps), part.states
+
+    outputs, states = [], dict[str, Any]()
+    for start in range(0, snn.steps, chunk):
+        steps = min(chunk, snn.steps - start)
+        out, states = checkpoint(run, states, steps, use_reentrant=False)
+        outputs.append(out)
+    return torch.cat(outputs)

@@ -13,11 +13,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from quickspike.activations import CeilingProbe, Granularity, probe_at
-from quickspike.graph import Site
+from quickspike.activations import Granularity, LearnedCeiling, ceiling_at
+from quickspike.data import ImageStream
+from quickspike.graph import Site, Traced
 from quickspike.method import Method, Paper, register
 from quickspike.neuron import NeuronParameters
 from quickspike.options import option
+from quickspike.training import Train, parameter_groups
 
 
 @register
@@ -29,7 +31,8 @@ class PotentialInit(Method):
     E[error] = (theta/2 - v0)/T and E[error^2] = ((theta - v0)^3 + v0^3)/(3 theta T^2); both are least at
     v0 = theta/2, where the mean is 0 and the mean square a quarter of that of v0 = 0.
 
-    Differs from the paper: its ceilings are trained with the weights; here they are calibrated on images.
+    The source network's activation is clip(z, 0, mu); theta = amplitude = mu. The ceilings are calibrated on images,
+    and trained with the weights where there is a training.
     """
 
     name: ClassVar[str] = "potential_init"
@@ -52,18 +55,30 @@ class PotentialInit(Method):
     percentile: float = option(
         99.9, "share of activations below the ceiling (ceiling=percentile)", unit="%", low=0, high=100, low_open=True
     )
+    start: float = option(0.0, "ceiling that training starts from, 4 in the paper; 0 takes it from calibration images", low=0, high=1e6)
+    ceiling_decay: float = option(5e-4, "weight decay of the ceilings while they are trained", low=0, high=1)
 
-    def activation(self, site: Site) -> CeilingProbe:
-        return CeilingProbe(site, self.granularity)
+    def activation(self, site: Site) -> LearnedCeiling:
+        return LearnedCeiling(site, self.granularity)
+
+    def fit(self, ann: Traced, images: ImageStream, train: Train | None = None) -> None:
+        ceilings = {site: ceiling_at(site, ann.at(site)) for site in ann.sites}
+        images.feed(ann.module, ceilings.values())
+        for site, ceiling in ceilings.items():
+            calibrated = self._calibrated(site, ceiling)
+            ceiling.start(torch.full_like(calibrated, self.start) if train and self.start else calibrated)
+        if train is not None:
+            learned = [ceiling.mu for ceiling in ceilings.values()]
+            train(ann.module, "ann", groups=parameter_groups(ann.module, learned, weight_decay=self.ceiling_decay))
+
+    def _calibrated(self, site: Site, ceiling: LearnedCeiling) -> Tensor:
+        histogram = ceiling.probe.histogram
+        if self.ceiling == "percentile":
+            return histogram.percentile(self.percentile)
+        return histogram.squared_error_ceiling(self.steps, float(self.initial_potential(site).mean()))
 
     def neuron(self, site: Site, activation: nn.Module) -> NeuronParameters:
-        probe = probe_at(site, activation)
-        initial = self.initial_potential(site)
-        if self.ceiling == "percentile":
-            ceiling = probe.histogram.percentile(self.percentile)
-        else:
-            ceiling = probe.histogram.squared_error_ceiling(self.steps, float(initial.mean()))
-        return NeuronParameters(probe.finish(ceiling), initial=initial)
+        return NeuronParameters(ceiling_at(site, activation).ceiling, initial=self.initial_potential(site))
 
     def initial_potential(self, site: Site) -> Tensor:
         """v(0) of every neuron at `site` as a fraction of theta: a scalar, or `[C, ...]` where it is drawn."""

@@ -1,0 +1,89 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+if TYPE_CHECKING:
+    from quickspike.data import DataSet
+    from quickspike.method import Method
+
+Help = tyro.conf.arg
+ModelName = Annotated[
+    str,
+    tyro.conf.Positional,
+    Help(metavar="MODEL", help="a registered name (fast_cnn or fast_cnn,classes=100), torchvision:NAME, timm:NAME, or FILE.py:FACTORY"),
+]
+Weights = Annotated[Path | None, Help(metavar="FILE", help="weights: safetensors, or .pt/.pth/.th read without running code")]
+Json = Annotated[bool, Help(help="print JSON instead of tables")]
+Device = Annotated[str, Help(metavar="NAME", help="auto, cpu, cuda, mps, ...")]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """Which images, and how pixels become the network's input."""
+
+    data: Annotated[str, Help(metavar="NAME", help="digits, mnist, fashion-mnist, cifar10, cifar100, imagefolder:PATH, or npz:PATH")]
+    data_dir: Annotated[
+        Path | None, Help(metavar="DIR", help="folder of torchvision's files (mnist, fashion-mnist, cifar10, cifar100)")
+    ] = None
+    mean: Annotated[
+        tuple[float, ...] | None,
+        Help(
+            metavar="M", help="mean per channel of pixel/255 that the network was trained with [default: the data set's own, 0.5 for npz]"
+        ),
+    ] = None
+    std: Annotated[tuple[float, ...] | None, Help(metavar="S", help="likewise, standard deviation")] = None
+    download: Annotated[bool, Help(help="let torchvision fetch missing files")] = False
+
+    def load(self, saved: Any = None) -> DataSet:
+        """The data set, normalised as asked, else as `saved` with a network, else by its own statistics."""
+        from quickspike.data import Statistics, load_data
+        from quickspike.errors import DataError
+
+        if (self.mean is None) != (self.std is None):
+            raise DataError("give both --mean and --std, or neither")
+        if self.mean is not None and self.std is not None:
+            if min(self.std, default=0) <= 0:
+                raise DataError(f"--std must be > 0, got {self.std}")
+            return load_data(self.data, self.data_dir, Statistics(self.mean, self.std), self.download)
+        return load_data(self.data, self.data_dir, _saved_statistics(saved), self.download)
+
+
+def _saved_statistics(saved: Any) -> Any:
+    """What a network was saved with; provenance is free-form, so it may also be something else."""
+    from quickspike.data import Statistics
+    from quickspike.errors import CheckpointError
+
+    if saved is None:
+        return None
+    try:
+        return Statistics(tuple(map(float, saved["mean"])), tuple(map(float, saved["std"])))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the network's own statistics are unusable ({saved!r}); give --mean and --std") from error
+
+
+DataArguments = Annotated[DataOptions, tyro.conf.OmitArgPrefixes]
+
+
+def options_type(owner: type, **defaults: Any) -> type:
+    """A dataclass for tyro with the declared options of `owner`, their help, and some defaults replaced."""
+    from quickspike.options import options_of
+
+    fields = [
+        (name, Annotated[kind, Help(help=declared.describe())], dataclasses.field(default=defaults.get(name, default)))
+        for name, (declared, kind, default) in options_of(owner).items()
+    ]
+    doc = (owner.__doc__ or "").strip().splitlines()[0]
+    return dataclasses.make_dataclass("Options", fields, frozen=True, namespace={"__doc__": doc})
+
+
+def method_options(method: type[Method]) -> type:
+    """The options of a method, with its paper as their title."""
+    kind = options_type(method)
+    kind.__doc__ = f"{method.name}: {method.paper}"
+    return kind

@@ -1,0 +1,323 @@
+"""The commands that train: train, tune, run and compare. Like the others, plain typed functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from quickspike.cli_options import DataArguments, DataOptions, Json, ModelName, Weights, method_options, options_type
+from quickspike.console import Tracked, TrainingWatcher, print_json, show
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+    from quickspike.augmentation import Augmentation
+    from quickspike.data import DataSet
+    from quickspike.training import Trainer, Training
+    from quickspike.tuning import Tuning
+
+Help = tyro.conf.arg
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """Where a training runs."""
+
+    device: Annotated[str, Help(metavar="NAME", help="auto, cpu, cuda, mps, ...")] = "auto"
+    devices: Annotated[int, Help(metavar="N", help="processes on this machine, one device each [unit: devices; range: >= 1]")] = 1
+    nodes: Annotated[int, Help(metavar="N", help="machines; start the same command on each with torchrun [range: >= 1]")] = 1
+    strategy: Annotated[str, Help(metavar="NAME", help="Lightning Fabric's name: auto, ddp, fsdp, ...")] = "auto"
+    precision: Annotated[str, Help(metavar="NAME", help="Lightning Fabric's name: 32-true, bf16-mixed, ...")] = "32-true"
+
+    def launch(self) -> Fabric:
+        """The processes, started."""
+        from quickspike.evaluation import make_fabric
+
+        fabric = make_fabric(self.device, self.precision, self.devices, self.nodes, self.strategy)
+        fabric.launch()
+        return fabric
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingFiles:
+    """What comes out, and going on with it."""
+
+    out: Annotated[Path, Help(metavar="DIR", help="folder for the network, checkpoints and figures of the training")] = Path("runs/train")
+    resume: Annotated[bool, Help(help="go on where an interrupted training in the same folder stopped")] = False
+    tensorboard: Annotated[bool, Help(help="also write figures for TensorBoard")] = False
+    json: Json = False
+
+
+def _trainer(data: DataSet, settings: Training, augmentation: Augmentation, hardware: Hardware, files: TrainingFiles) -> Trainer:
+    from quickspike.training import Trainer
+
+    fabric = hardware.launch()
+    return Trainer(
+        fabric=fabric,
+        data=data,
+        settings=settings,
+        augmentation=augmentation,
+        folder=files.out,
+        resume=files.resume,
+        watcher=TrainingWatcher(quiet=not fabric.is_global_zero),
+        tensorboard=files.tensorboard,
+    )
+
+
+def _flat(kind: Any, name: str) -> Any:
+    return Annotated[kind, tyro.conf.OmitArgPrefixes, Help(name=name)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What the training starts from."""
+
+    method: Annotated[
+        str | None, Help(metavar="NAME", help="train with this method's activations and convert; without it: plain training of the network")
+    ] = None
+    weights: Weights = None
+    calibration_images: Annotated[
+        int, Help(metavar="N", help="first N training images, without labels, that a method is calibrated on [unit: images; range: >= 1]")
+    ] = 1000
+
+
+def train_command(method: str | None) -> Callable[..., None]:
+    """The `train` command with all settings of a training, and the options of the method if one is named."""
+    from quickspike.augmentation import Augmentation
+    from quickspike.method import get
+    from quickspike.training import Training
+
+    def train(model: Any, data: Any, source: Any, files: Any, training: Any, augmentation: Any, hardware: Any, options: Any = None) -> None:
+        """Train a source network, plainly or with a method's activations; with a method, convert it too."""
+        settings, drawn = Training(**dataclasses.asdict(training)), Augmentation(**dataclasses.asdict(augmentation))
+        _train(model, data, source, files, settings, drawn, hardware, {} if options is None else dataclasses.asdict(options))
+
+    train.__annotations__ = {
+        "model": ModelName,
+        "data": DataArguments,
+        "source": _flat(Source, "source"),
+        "files": _flat(TrainingFiles, "files"),
+        "training": _flat(options_type(Training), "training"),
+        "augmentation": _flat(options_type(Augmentation), "augmentation"),
+        "hardware": _flat(Hardware, "hardware"),
+        "options": _flat(method_options(get(method)) if method else type(None), "method"),
+    }
+    if method is None:
+        # tyro would show an argument that can only be None.
+        return _without_options(train)
+    return train
+
+
+def _without_options(train: Callable[..., None]) -> Callable[..., None]:
+    def plain(model: Any, data: Any, source: Any, files: Any, training: Any, augmentation: Any, hardware: Any) -> None:
+        train(model, data, source, files, training, augmentation, hardware)
+
+    plain.__doc__ = train.__doc__
+    plain.__annotations__ = {name: kind for name, kind in train.__annotations__.items() if name != "options"}
+    return plain
+
+
+def _train(
+    model: str,
+    data: DataOptions,
+    source: Source,
+    files: TrainingFiles,
+    settings: Training,
+    augmentation: Augmentation,
+    hardware: Hardware,
+    options: dict[str, Any],
+) -> None:
+    from quickspike.api import finish, fit, train
+    from quickspike.data import ImageStream
+    from quickspike.files import check_writable
+    from quickspike.method import create
+    from quickspike.models import load_model, save_weights
+
+    chosen = None if source.method is None else create(source.method, **options)
+    out = files.out / ("weights.safetensors" if chosen is None else "network.safetensors")
+    check_writable(out)
+    data_set = data.load()
+    network = load_model(model, source.weights, settings.seed)
+    trainer = _trainer(data_set, settings, augmentation, hardware, files)
+    if chosen is None:
+        trained, history = train(network, trainer)
+        if trainer.fabric.is_global_zero:
+            save_weights(trained, out)
+            _tell(files, out, history=list(history.rows))
+        return
+    images = ImageStream(data_set.loader("train", limit=min(source.calibration_images, data_set.size("train"))))
+    snn = finish(fit(network, images, chosen, trainer), images, chosen)
+    snn.provenance.update(model=Path(model).name, data=Path(data.data).name, statistics=dataclasses.asdict(data_set.statistics))
+    if trainer.fabric.is_global_zero:
+        snn.save(out)
+        _tell(files, out, method=snn.method)
+
+
+def _tell(files: TrainingFiles, out: Path, **more: Any) -> None:
+    if files.json:
+        print_json({"out": str(out), **more})
+    else:
+        show(f"{out}; figures of every epoch: {out.parent / 'metrics.csv'}")
+
+
+def tune_command() -> Callable[..., None]:
+    """The `tune` command with all settings of a training."""
+    from quickspike.augmentation import Augmentation
+    from quickspike.training import Training
+    from quickspike.tuning import Tuning
+
+    def tune(network: Any, data: Any, files: Any, tuning: Any, training: Any, augmentation: Any, hardware: Any) -> None:
+        """Fine-tune a spiking network end to end with surrogate gradients: weights, thresholds and leaks."""
+        settings, drawn = Training(**dataclasses.asdict(training)), Augmentation(**dataclasses.asdict(augmentation))
+        _tune(network, data, files, Tuning(**dataclasses.asdict(tuning)), settings, drawn, hardware)
+
+    tune.__annotations__ = {
+        "network": Annotated[Path, tyro.conf.Positional, Help(metavar="NETWORK", help="a spiking network that was saved before")],
+        "data": DataArguments,
+        "files": _flat(TrainingFiles, "files"),
+        "tuning": _flat(options_type(Tuning), "tuning"),
+        "training": _flat(
+            options_type(Training, epochs=4, optimiser="adam", learning_rate=1e-4, weight_decay=0.0, schedule="cosine"), "training"
+        ),
+        "augmentation": _flat(options_type(Augmentation), "augmentation"),
+        "hardware": _flat(Hardware, "hardware"),
+    }
+    return tune
+
+
+def _tune(
+    network: Path,
+    data: DataOptions,
+    files: TrainingFiles,
+    tuning: Tuning,
+    settings: Training,
+    augmentation: Augmentation,
+    hardware: Hardware,
+) -> None:
+    from quickspike.api import tune
+    from quickspike.checkpoint import load
+    from quickspike.files import check_writable
+
+    out = files.out / "network.safetensors"
+    check_writable(out)
+    snn = load(network)
+    data_set = data.load(snn.provenance.get("statistics"))
+    trainer = _trainer(data_set, settings, augmentation, hardware, files)
+    tuned = tune(snn, trainer, tuning)
+    if trainer.fabric.is_global_zero:
+        tuned.save(out)
+        _tell(files, out, method=tuned.method)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataPlace:
+    """Where the data of a recipe lie."""
+
+    data: Annotated[str | None, Help(metavar="NAME", help="take the images from here instead, for example npz:FILE")] = None
+    data_dir: Annotated[Path | None, Help(metavar="DIR", help="folder of torchvision's files")] = None
+    download: Annotated[bool, Help(help="let torchvision fetch missing files")] = False
+
+
+def run(
+    recipe: Annotated[Path, tyro.conf.Positional, Help(metavar="RECIPE", help="a TOML file, see the folder recipes")],
+    place: Annotated[DataPlace, tyro.conf.OmitArgPrefixes],
+    hardware: Annotated[Hardware, tyro.conf.OmitArgPrefixes],
+    out: Annotated[Path | None, Help(metavar="DIR", help="folder for everything it makes [default: runs/NAME]")] = None,
+    seeds: Annotated[tuple[int, ...] | None, Help(metavar="N", help="run with these seeds instead of the recipe's")] = None,
+    resume: Annotated[bool, Help(help="go on where an interrupted run in the same folder stopped")] = False,
+    tensorboard: Annotated[bool, Help(help="also write figures for TensorBoard")] = False,
+    dry_run: Annotated[bool, Help(help="check the recipe, build and trace its network, say what would be done, and stop")] = False,
+    json: Json = False,
+) -> None:
+    """Run an experiment from a recipe and show what it gave beside the published figure."""
+    from quickspike.recipe import Place, load_recipe_data, plan, read_recipe, run_recipe
+    from quickspike.report import recipe_tables
+
+    chosen = read_recipe(recipe)
+    if seeds is not None:
+        chosen = dataclasses.replace(chosen, seeds=seeds)
+    if dry_run:
+        lines = plan(chosen, load_recipe_data(chosen, place.data, place.data_dir, place.download))
+        print_json(lines) if json else show("\n".join(lines))
+        return
+    if hardware.precision == Hardware.precision:
+        hardware = dataclasses.replace(hardware, precision=chosen.precision)
+    fabric = hardware.launch()
+    result = run_recipe(
+        chosen,
+        Place(
+            out=out or Path("runs") / recipe.stem,
+            fabric=fabric,
+            data=place.data,
+            data_dir=place.data_dir,
+            download=place.download,
+            resume=resume,
+            tensorboard=tensorboard,
+            watcher=TrainingWatcher(quiet=not fabric.is_global_zero),
+            command=f"quickspike run {shlex.join(_without_paths(sys.argv[2:]))}",
+        ),
+    )
+    if fabric.is_global_zero:
+        print_json(result) if json else show(recipe_tables(result))
+
+
+def _without_paths(arguments: list[str]) -> list[str]:
+    """Arguments as they would be given elsewhere: of absolute paths only the last part."""
+    return [
+        "npz:" + Path(text[4:]).name if text.startswith("npz:") else Path(text).name if text.startswith("/") else text for text in arguments
+    ]
+
+
+def compare(
+    model: ModelName,
+    data: DataArguments,
+    methods: Annotated[tuple[str, ...] | None, Help(metavar="NAME", help="methods to compare [default: all]")] = None,
+    steps: Annotated[tuple[int, ...], Help(metavar="T", help="numbers of steps; every method is fitted for each [unit: steps]")] = (
+        1,
+        2,
+        4,
+        8,
+    ),
+    weights: Weights = None,
+    calibration_images: Annotated[
+        int, Help(metavar="N", help="first N training images, without labels [unit: images; range: >= 1]")
+    ] = 1000,
+    images: Annotated[int | None, Help(metavar="N", help="first N test images [unit: images; default: all]")] = None,
+    out: Annotated[Path | None, Help(metavar="FILE", help="also write the figures as JSON")] = None,
+    device: Annotated[str, Help(metavar="NAME", help="auto, cpu, cuda, mps, ...")] = "auto",
+    json: Json = False,
+) -> None:
+    """Convert one network with several methods, calibrated only, and show their accuracies in one table."""
+    from quickspike.api import convert
+    from quickspike.console import dump
+    from quickspike.evaluation import evaluate, make_fabric
+    from quickspike.files import check_writable, write_text
+    from quickspike.method import all_methods, get
+    from quickspike.models import load_model
+    from quickspike.report import compare_table
+
+    names = methods or tuple(all_methods())
+    for name in names:
+        get(name)
+    if out is not None:
+        check_writable(out)
+    source = make_fabric(device).to_device(load_model(model, weights))
+    data_set = data.load()
+    reports = {}
+    for name in Tracked(names, "comparing methods"):
+        found = {}
+        for count in steps:
+            loader = data_set.loader("train", limit=min(calibration_images, data_set.size("train")))
+            snn = convert(source, loader, name, steps=count)
+            found[count] = evaluate(snn, data_set.loader("test", limit=images), source, (count,), device=device)
+        reports[name] = found
+    plain = {name: {str(count): report.to_json() for count, report in found.items()} for name, found in reports.items()}
+    if out is not None:
+        write_text(out, dump(plain))
+    print_json(plain) if json else show(compare_table(reports))

@@ -1,0 +1,348 @@
+"""Experiments as files: a TOML recipe names data, network, method, trainings and the published figure; running it gives JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tomllib
+from torch import nn
+
+from quickspike.api import finish, fit, train, tune
+from quickspike.augmentation import Augmentation
+from quickspike.conversion import SpikingNetwork
+from quickspike.data import DataSet, ImageStream, Statistics, load_data
+from quickspike.errors import QuickspikeError, UnknownNameError
+from quickspike.evaluation import accuracy_of, evaluate
+from quickspike.files import check_writable, write_text
+from quickspike.graph import Traced, trace
+from quickspike.method import Method, create
+from quickspike.models import load_model, save_weights
+from quickspike.options import options_of
+from quickspike.provenance import commit, machine, versions
+from quickspike.training import Silent, Trainer, Training, Watcher
+from quickspike.tuning import Tuning
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+class RecipeError(QuickspikeError):
+    """A recipe cannot be read, or says something that cannot be done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A figure from a paper that a recipe is held against. Accuracies in percent."""
+
+    steps: int
+    accuracy: float
+    source: str
+    """arXiv id and where in the paper."""
+    evidence: str
+    """How certain the figure is: abstract, paper, code, secondary, recalled."""
+    network: str
+    stage: str = "converted"
+    ann: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One experiment."""
+
+    title: str
+    data: str
+    model: str
+    method: Method
+    statistics: Statistics | None = None
+    seeds: tuple[int, ...] = (0,)
+    calibration: int = 1000
+    """Training images without labels that the method is calibrated on."""
+    precision: str = "32-true"
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of steps that are measured."""
+    source: Training | None = None
+    """Training of the source network with plain ReLU; None: random weights go to the method's training."""
+    train: Training | None = None
+    """Training with the method's activations."""
+    tune: Training | None = None
+    """Fine-tuning of the spiking network."""
+    tuning: Tuning = field(default_factory=Tuning)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    published: tuple[Published, ...] = ()
+    text: str = ""
+    """The file itself."""
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """The recipe in a TOML file.
+
+    Raises:
+        RecipeError: the file is missing, no TOML, or lacks or adds a table or key.
+        OptionError, UnknownNameError: a value is out of range, a name unknown.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        tables = tomllib.loads(text)
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not a TOML file ({error})") from error
+    try:
+        return _recipe(tables, text)
+    except KeyError as error:
+        raise RecipeError(f"{path}: lacks {error.args[0]!r}") from None
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+TABLES = ("title", "seeds", "data", "model", "method", "source", "train", "tune", "augmentation", "evaluate", "precision", "published")
+
+
+def _recipe(tables: Mapping[str, Any], text: str) -> Recipe:
+    _only(tables, TABLES, "table")
+    data, method, measure = dict(tables["data"]), dict(tables["method"]), dict(tables.get("evaluate", {}))
+    _only(data, ("name", "mean", "std", "calibration"), "key of [data]")
+    _only(measure, ("steps",), "key of [evaluate]")
+    tuning = dict(tables.get("tune", {}))
+    learned = {name: tuning.pop(name) for name in options_of(Tuning) if name in tuning}
+    statistics = Statistics(tuple(data["mean"]), tuple(data["std"])) if "mean" in data else None
+    return Recipe(
+        title=tables["title"],
+        seeds=tuple(tables.get("seeds", (0,))),
+        data=data["name"],
+        statistics=statistics,
+        calibration=data.get("calibration", 1000),
+        model=tables["model"],
+        method=create(method.pop("name"), **method),
+        precision=tables.get("precision", "32-true"),
+        steps=tuple(measure.get("steps", (1, 2, 4, 8))),
+        source=_settings(Training, tables.get("source")),
+        train=_settings(Training, tables.get("train")),
+        tune=_settings(Training, tuning or None),
+        tuning=_settings(Tuning, learned) or Tuning(),
+        augmentation=_settings(Augmentation, tables.get("augmentation")) or Augmentation(),
+        published=tuple(Published(**figure) for figure in tables.get("published", ())),
+        text=text,
+    )
+
+
+def _settings(kind: type, table: Mapping[str, Any] | None) -> Any:
+    if table is None:
+        return None
+    _only(table, tuple(options_of(kind)), f"option of {kind.name}")  # type: ignore[attr-defined]
+    return kind(**table)
+
+
+def _only(table: Mapping[str, Any], known: Sequence[str], what: str) -> None:
+    for name in table:
+        if name not in known:
+            raise UnknownNameError(what, name, known)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where and how a recipe is run."""
+
+    out: Path
+    """Folder of this recipe's files; source networks go to its neighbour `sources`, shared by recipes."""
+    fabric: Fabric
+    data: str | None = None
+    """Another place of the recipe's data, for example npz:FILE."""
+    data_dir: Path | None = None
+    download: bool = False
+    resume: bool = False
+    tensorboard: bool = False
+    watcher: Watcher = field(default_factory=Silent)
+    command: str = ""
+
+
+def plan(recipe: Recipe, data: DataSet) -> list[str]:
+    """What running the recipe will do, line by line, after having built and traced its network.
+
+    Raises:
+        QuickspikeError: something of it cannot be done.
+    """
+    model = load_model(recipe.model)
+    example = next(iter(data.loader("train", 1, 1)))[0]
+    traced = trace(recipe.method.source(model), example)
+    size = data.size("train")
+    lines = [
+        f"{recipe.title}: {len(recipe.seeds)} seed(s) {', '.join(map(str, recipe.seeds))}",
+        f"network {recipe.model}, {sum(p.numel() for p in model.parameters()):,} parameters, {len(traced.sites)} sites",
+        f"data {recipe.data}, {size} training and {data.size('test')} test images",
+    ]
+    for name, settings in (("source", recipe.source), ("train", recipe.train), ("tune", recipe.tune)):
+        if settings is not None:
+            steps = (size - settings.validation) // settings.batch_size * settings.epochs
+            lines.append(
+                f"{name}: {settings.epochs} epochs of {settings.optimiser}, {steps} steps, learning rate {settings.learning_rate:g}"
+            )
+    lines.append(f"method {recipe.method.name}, T = {recipe.method.steps}, measured at T = {', '.join(map(str, recipe.steps))}")
+    return lines
+
+
+def load_recipe_data(recipe: Recipe, data: str | None = None, data_dir: Path | None = None, download: bool = False) -> DataSet:
+    """The recipe's data set, or the one at `data`, normalised as the recipe says."""
+    from quickspike.data import STATISTICS
+
+    statistics = recipe.statistics or STATISTICS.get(recipe.data.partition(":")[0])
+    return load_data(data or recipe.data, data_dir, statistics, download)
+
+
+def run_recipe(recipe: Recipe, place: Place) -> dict[str, Any]:
+    """Run a recipe with all its seeds; what it measured, as plain data. `result.json` in the folder holds the same.
+
+    Raises:
+        QuickspikeError: see `read_recipe`, `quickspike.api`, `quickspike.training`.
+    """
+    check_writable(place.out / "result.json")
+    data = load_recipe_data(recipe, place.data, place.data_dir, place.download)
+    runs = [_Seed(recipe, place, data, seed).run() for seed in recipe.seeds]
+    result = {
+        "title": recipe.title,
+        "command": place.command,
+        "runs": runs,
+        "summary": summarise(runs),
+        "published": [dataclasses.asdict(figure) for figure in recipe.published],
+        "recipe": recipe.text,
+        "commit": commit(),
+        "versions": versions(),
+        "machine": machine(),
+    }
+    if place.fabric.is_global_zero:
+        write_text(place.out / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
+    return result
+
+
+def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds of every accuracy."""
+
+    def spread(values: list[float]) -> dict[str, float]:
+        return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0, "n": len(values)}
+
+    summary: dict[str, Any] = {}
+    for stage in ("source", "ann"):
+        values = [run["accuracy"][stage] for run in runs if run["accuracy"].get(stage) is not None]
+        if values:
+            summary[stage] = spread(values)
+    for stage in ("converted", "tuned"):
+        found = [run["accuracy"][stage] for run in runs if stage in run["accuracy"]]
+        if found:
+            summary[stage] = {step: spread([values[step] for values in found]) for step in found[0]}
+    return summary
+
+
+class _Seed:
+    """One run of a recipe."""
+
+    def __init__(self, recipe: Recipe, place: Place, data: DataSet, seed: int) -> None:
+        self.recipe, self.place, self.data, self.seed, self.fabric = recipe, place, data, seed, place.fabric
+        self.folder = place.out / f"seed{seed}"
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> dict[str, Any]:
+        done = self.folder / "run.json"
+        if self.place.resume and done.is_file():
+            found: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+            return found
+        accuracy: dict[str, Any] = {}
+        source = self._source()
+        if self.recipe.source is not None:
+            accuracy["source"] = accuracy_of(source, self.data.loader("test"), self.fabric)
+        ann, snn = self._converted(source)
+        accuracy["ann"] = accuracy_of(ann.module, self.data.loader("test"), self.fabric)
+        snn.save(self.folder / "converted.safetensors")
+        report = self._measured(snn)
+        accuracy["converted"] = report["accuracy"]
+        if self.recipe.tune is not None:
+            snn = self._tuned(snn)
+            report = self._measured(snn)
+            accuracy["tuned"] = report["accuracy"]
+        run = {
+            "seed": self.seed,
+            "accuracy": accuracy,
+            "latency": report["latency"],
+            "rates": report["rates"],
+            "test_images": report["samples"],
+            "seconds": self.seconds,
+        }
+        if self.fabric.is_global_zero:
+            write_text(done, json.dumps(run, indent=2, allow_nan=False) + "\n")
+        return run
+
+    def _trainer(self, settings: Training, folder: Path) -> Trainer:
+        return Trainer(
+            fabric=self.fabric,
+            data=self.data,
+            settings=dataclasses.replace(settings, seed=settings.seed + self.seed),
+            augmentation=self.recipe.augmentation,
+            folder=folder,
+            resume=self.place.resume,
+            tensorboard=self.place.tensorboard,
+            watcher=self.place.watcher,
+        )
+
+    def _source(self) -> nn.Module:
+        """The source network: random, or trained here, or by another recipe that trains the same one."""
+        settings = self.recipe.source
+        if settings is None:
+            return load_model(self.recipe.model, seed=self.seed)
+        described = json.dumps(
+            [
+                self.recipe.data,
+                str(self.recipe.statistics),
+                self.recipe.model,
+                dataclasses.asdict(settings),
+                dataclasses.asdict(self.recipe.augmentation),
+            ]
+        )
+        digest = hashlib.sha256(described.encode()).hexdigest()[:12]
+        folder = self.place.out.parent / "sources" / digest / f"seed{self.seed}"
+        weights = folder / "weights.safetensors"
+        if not weights.is_file():
+            started = time.perf_counter()
+            trainer = dataclasses.replace(self._trainer(settings, folder), resume=True)
+            network, _ = train(load_model(self.recipe.model, seed=self.seed), trainer)
+            if self.fabric.is_global_zero:
+                write_text(folder / "recipe.toml", self.recipe.text)
+                save_weights(network, weights)
+            self.seconds["source"] = time.perf_counter() - started
+            self.fabric.barrier()
+        return load_model(self.recipe.model, weights)
+
+    def _converted(self, source: nn.Module) -> tuple[Traced, SpikingNetwork]:
+        started = time.perf_counter()
+        images = ImageStream(self.data.loader("train", limit=min(self.recipe.calibration, self.data.size("train"))))
+        trainer = None if self.recipe.train is None else self._trainer(self.recipe.train, self.folder)
+        ann = fit(source, images, self.recipe.method, trainer)
+        snn = finish(ann, images, self.recipe.method)
+        statistics = dataclasses.asdict(self.data.statistics)
+        snn.provenance.update(model=self.recipe.model, data=self.recipe.data, statistics=statistics, seed=self.seed)
+        self.seconds["train and convert"] = time.perf_counter() - started
+        return ann, snn
+
+    def _tuned(self, snn: SpikingNetwork) -> SpikingNetwork:
+        started = time.perf_counter()
+        tuned = tune(snn, self._trainer(self.recipe.tune or Training(), self.folder), self.recipe.tuning)
+        if self.fabric.is_global_zero:
+            tuned.save(self.folder / "tuned.safetensors")
+        self.seconds["tune"] = time.perf_counter() - started
+        return tuned
+
+    def _measured(self, snn: SpikingNetwork) -> dict[str, Any]:
+        return evaluate(snn, self.data.loader("test"), None, self.recipe.steps, fabric=self.fabric).to_json()

@@ -1,0 +1,515 @@
+"""One training loop, for source networks and spiking ones alike, on Lightning Fabric.
+
+A method calls it through the `Train` protocol and says what is special about its stage: the loss, the parameters,
+what happens after a step. Devices, precision, files, resuming and progress stay in here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quickspike.augmentation import Augmentation
+from quickspike.batches import Share, TrainingBatches
+from quickspike.data import DataSet
+from quickspike.errors import CheckpointError, OptionError, QuickspikeError
+from quickspike.files import whole_file
+from quickspike.metrics import Metrics
+from quickspike.options import option, validate
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""(network, images `[B, ...]`, targets `[B]` or `[B, K]`) to a scalar."""
+Row = dict[str, float]
+
+
+class TrainingError(QuickspikeError):
+    """A training cannot go on: its loss is no number, or its checkpoint does not fit."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped a training; the message says which file continues it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a network is trained: optimiser, schedule, regularisation, choice of the final weights."""
+
+    name: ClassVar[str] = "training"
+
+    epochs: int = option(24, "passes over the training images", unit="epochs", low=0, high=1_000_000)
+    batch_size: int = option(128, "images per optimiser step, over all devices together", unit="images", low=1, high=2**20)
+    accumulate: int = option(1, "parts that a batch is cut into, one after the other, to save memory", unit="parts", low=1, high=2**20)
+    optimiser: Literal["sgd", "adam", "adamw"] = option(
+        "sgd", "optimiser; sgd uses Nesterov's momentum, adam keeps the largest second moment"
+    )
+    learning_rate: float = option(0.2, "largest learning rate", low=0, high=1000, low_open=True)
+    momentum: float = option(0.9, "momentum of sgd, first beta of adam and adamw", low=0, high=0.9999)
+    weight_decay: float = option(5e-4, "on weights of layers; biases, batch norm, ceilings and thresholds have none", low=0, high=1)
+    schedule: Literal["one_cycle", "cosine", "step", "exponential", "constant"] = option(
+        "one_cycle", "learning rate: up and down to 0, down a cosine to 0, divided at milestones, multiplied each epoch, or fixed"
+    )
+    warmup: float = option(0.2, "share of the steps in which the learning rate rises (schedule=one_cycle)", low=0, high=1)
+    milestones: str = option("0.6 0.8 0.9", "shares of the epochs after which it is multiplied (schedule=step)")
+    factor: float = option(0.2, "what it is multiplied by (schedule=step, exponential)", low=0, high=1, low_open=True)
+    loss: Literal["cross_entropy", "squared_error"] = option("cross_entropy", "loss on the logits; squared_error is against 0 and 1")
+    label_smoothing: float = option(0.0, "share of the target that is spread over all classes", low=0, high=0.999)
+    clip: float = option(0.0, "largest norm of the gradient; 0 for none", low=0, high=1e9)
+    ema: float = option(0.0, "decay of the moving average of the weights that is used in the end; 0 for none", low=0, high=0.999999)
+    validation: int = option(
+        0, "training images held out to measure on; the test images never choose anything", unit="images", low=0, high=2**31
+    )
+    keep: Literal["last", "best"] = option("last", "weights of the last epoch, or of the best by validation accuracy")
+    patience: int = option(
+        0, "epochs without a better validation accuracy after which training stops; 0 for never", unit="epochs", low=0, high=10**6
+    )
+    seed: int = option(0, "seed of shuffling, augmentation and dropout", low=0, high=2**31 - 1)
+
+    def __post_init__(self) -> None:
+        validate(self)
+        shares(self.milestones)
+        if (self.patience or self.keep == "best") and not self.validation:
+            raise OptionError("training: patience and keep=best need validation images, got validation=0")
+
+
+def shares(text: str) -> tuple[float, ...]:
+    """Numbers in (0, 1), ascending, from a text such as "0.6 0.8".
+
+    Raises:
+        OptionError: it is something else.
+    """
+    try:
+        values = tuple(map(float, text.split()))
+    except ValueError:
+        values = (math.nan,)
+    if not all(0 < value < 1 for value in values) or list(values) != sorted(values):
+        raise OptionError(f"training: milestones must be ascending numbers between 0 and 1, got {text!r}")
+    return values
+
+
+def rate_factor(settings: Training, progress: float) -> float:
+    """Share of the largest learning rate at `progress` in [0, 1] of a stage."""
+    if settings.schedule == "one_cycle" and progress < settings.warmup:
+        return (progress + 1e-3) / (settings.warmup + 1e-3)
+    if settings.schedule == "one_cycle":
+        return (1 - progress) / max(1 - settings.warmup, 1e-9)
+    if settings.schedule == "cosine":
+        return (1 + math.cos(math.pi * progress)) / 2
+    if settings.schedule == "step":
+        return settings.factor ** sum(progress >= share for share in shares(settings.milestones))
+    if settings.schedule == "exponential":
+        return settings.factor ** math.floor(progress * settings.epochs + 1e-9)
+    return 1.0
+
+
+@dataclass(frozen=True)
+class History:
+    """One row of figures per epoch of a stage."""
+
+    stage: str
+    rows: tuple[Row, ...] = ()
+
+
+class Train(Protocol):
+    """What a method's `train` and `tune` are given: run one stage of training on `module`, in place."""
+
+    def __call__(
+        self,
+        module: nn.Module,
+        stage: str,
+        *,
+        loss: Loss | None = None,
+        groups: Sequence[dict[str, Any]] | None = None,
+        after_step: Callable[[], None] | None = None,
+        mode: Callable[[nn.Module], object] | None = None,
+        **changes: Any,
+    ) -> History:
+        """Train.
+
+        Args:
+            module: its parameters are changed in place; it ends in evaluation mode.
+            stage: names files and figures.
+            loss: by default the one of the settings, on `module(images)`.
+            groups: parameter groups as torch.optim takes them; nothing else is trained. `rate` multiplies the
+                learning rate of a group. By default all parameters, those with one axis or none without weight decay.
+            after_step: called after every optimiser step, to keep parameters within bounds.
+            mode: puts the module into the mode it is trained in; by default `module.train()`.
+            **changes: settings that this stage changes, for example `epochs=2`.
+        """
+
+    def accuracy(self, module: nn.Module) -> float | None:
+        """Accuracy on the validation images in percent; None if none are held out."""
+
+
+class Watcher(Protocol):
+    """Who shows progress."""
+
+    def begin(self, stage: str, samples: int) -> None:
+        """A stage of that many images, over all its epochs, begins."""
+
+    def advance(self, samples: int) -> None:
+        """So many more images are done."""
+
+    def row(self, stage: str, row: Row) -> None:
+        """The figures of an epoch."""
+
+    def end(self) -> None:
+        """The stage is over."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def begin(self, stage: str, samples: int) -> None: ...
+
+    def advance(self, samples: int) -> None: ...
+
+    def row(self, stage: str, row: Row) -> None: ...
+
+    def end(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """Settings and surroundings of a training; calling it runs one stage, see `Train`.
+
+    Raises:
+        TrainingError: the loss is no number, or a checkpoint belongs to another training.
+        Interrupted: the user pressed Ctrl-C.
+    """
+
+    fabric: Fabric
+    data: DataSet
+    settings: Training
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    folder: Path | None = None
+    """Where checkpoints and metrics go; None keeps nothing."""
+    resume: bool = False
+    watcher: Watcher = field(default_factory=Silent)
+    tensorboard: bool = False
+
+    def __call__(
+        self,
+        module: nn.Module,
+        stage: str,
+        *,
+        loss: Loss | None = None,
+        groups: Sequence[dict[str, Any]] | None = None,
+        after_step: Callable[[], None] | None = None,
+        mode: Callable[[nn.Module], object] | None = None,
+        **changes: Any,
+    ) -> History:
+        settings = dataclasses.replace(self.settings, **changes)
+        batches = self._batches(settings)
+        run = _Stage(self, settings, batches, module, stage, loss or _loss_of(settings, batches.classes), groups, after_step, mode)
+        with _own_randomness(self.fabric.device):
+            return run.run()
+
+    def accuracy(self, module: nn.Module) -> float | None:
+        """See `Train.accuracy`."""
+        if not self.settings.validation:
+            return None
+        return _accuracy(self.fabric, module, self._batches(self.settings))
+
+    def _batches(self, settings: Training) -> TrainingBatches:
+        share = Share(self.fabric.global_rank, self.fabric.world_size)
+        return TrainingBatches(
+            self.data, settings.validation, settings.batch_size, self.augmentation, settings.seed, self.fabric.device, share
+        )
+
+    def tune_for(self, settings: Training) -> Trainer:
+        """The same surroundings with other settings."""
+        return dataclasses.replace(self, settings=settings)
+
+
+def _accuracy(fabric: Fabric, network: nn.Module, batches: TrainingBatches) -> float:
+    network.eval()
+    right, count = 0, 0
+    with torch.no_grad(), fabric.autocast():
+        for images, labels in batches.validation():
+            right += int((network(images).argmax(1) == labels).sum())
+            count += len(labels)
+    return 100 * _shared_mean(fabric, right, count)
+
+
+def _shared_mean(fabric: Fabric, total: float, count: float) -> float:
+    """total/count over all processes."""
+    own = torch.tensor([total, count], dtype=torch.float64, device="cpu" if fabric.device.type == "mps" else fabric.device)
+    sums = fabric.all_reduce(own, reduce_op="sum")
+    return float(sums[0] / sums[1])
+
+
+def _loss_of(settings: Training, classes: int) -> Loss:
+    def cross_entropy(network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(network(images).float(), targets, label_smoothing=settings.label_smoothing)
+
+    def squared_error(network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        wanted = targets if targets.is_floating_point() else F.one_hot(targets, classes)
+        return F.mse_loss(network(images).float(), wanted.float())
+
+    return cross_entropy if settings.loss == "cross_entropy" else squared_error
+
+
+@contextlib.contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn inside leaves the caller's generators as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+class _Stage:
+    """One stage while it runs."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        settings: Training,
+        batches: TrainingBatches,
+        module: nn.Module,
+        stage: str,
+        loss: Loss,
+        groups: Sequence[dict[str, Any]] | None,
+        after_step: Callable[[], None] | None,
+        mode: Callable[[nn.Module], object] | None,
+    ) -> None:
+        self.fabric, self.settings, self.batches, self.module, self.stage, self.loss = (
+            trainer.fabric,
+            settings,
+            batches,
+            module,
+            stage,
+            loss,
+        )
+        self.watcher, self.resume = trainer.watcher, trainer.resume
+        self.after_step, self.mode = after_step, mode or nn.Module.train
+        self.file = None if trainer.folder is None else trainer.folder / f"{stage}.ckpt"
+        self.metrics = Metrics(trainer.folder if self.fabric.is_global_zero else None, trainer.tensorboard)
+        parameters = _choose(module, groups, settings.weight_decay)
+        if any(parameter.ndim == 4 for parameter in module.parameters()):
+            module.to(memory_format=torch.channels_last)
+        optimiser = _optimiser(settings, parameters)
+        self.network: Any = module
+        self.optimiser: torch.optim.Optimizer = optimiser
+        if settings.epochs:
+            self.network, self.optimiser = self.fabric.setup(module, optimiser)
+        self.average = _average(module, settings.ema)
+        self.rows: list[Row] = []
+        self.best: tuple[float, dict[str, Tensor]] | None = None
+
+    def run(self) -> History:
+        if self.resume:
+            self._restore()
+        self.metrics.extend(self.stage, self.rows)
+        if not self._finished():
+            self._save()
+        self.watcher.begin(self.stage, self.settings.epochs * len(self.batches) * self.batches.batch_size)
+        self.watcher.advance(len(self.rows) * len(self.batches) * self.batches.batch_size)
+        try:
+            while not self._finished():
+                self._epoch(len(self.rows))
+                self._save()
+        except KeyboardInterrupt:
+            raise Interrupted(self._where_to_go_on()) from None
+        finally:
+            self.watcher.end()
+        self._take_final_weights()
+        self.module.eval()
+        return History(self.stage, tuple(self.rows))
+
+    def _finished(self) -> bool:
+        if len(self.rows) >= self.settings.epochs:
+            return True
+        accuracies = [row["validation_accuracy"] for row in self.rows if "validation_accuracy" in row]
+        since = len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
+        return bool(self.settings.patience) and since >= self.settings.patience
+
+    def _epoch(self, epoch: int) -> None:
+        torch.manual_seed((self.settings.seed * 1_000_003 + epoch) * 64 + self.batches.share.rank)
+        started = time.perf_counter()
+        self.mode(self.module)
+        total, count = 0.0, 0
+        for index, (images, targets) in enumerate(self.batches.epoch(epoch)):
+            value = self._step(epoch, index, images, targets)
+            total, count = total + value * len(images), count + len(images)
+            self.watcher.advance(len(images) * self.batches.share.processes)
+        seconds = time.perf_counter() - started
+        row: Row = {
+            "epoch": epoch + 1,
+            "loss": _shared_mean(self.fabric, total, count),
+            "learning_rate": self.optimiser.param_groups[0]["lr"],
+        }
+        if self.settings.validation:
+            row["validation_accuracy"] = _accuracy(self.fabric, self._final(), self.batches)
+            self._remember_best(row["validation_accuracy"])
+        row |= {"seconds": seconds, "images_per_second": count * self.batches.share.processes / seconds}
+        self.rows.append(row)
+        self.metrics.extend(self.stage, [row])
+        self.watcher.row(self.stage, row)
+
+    def _step(self, epoch: int, index: int, images: Tensor, targets: Tensor) -> float:
+        progress = (epoch + index / len(self.batches)) / self.settings.epochs
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.settings.learning_rate * group["rate"] * rate_factor(self.settings, progress)
+        total = 0.0
+        parts = list(zip(images.chunk(self.settings.accumulate), targets.chunk(self.settings.accumulate), strict=True))
+        for number, (part, part_targets) in enumerate(parts, 1):
+            with self.fabric.no_backward_sync(self.network, enabled=number < len(parts)):
+                loss = self.loss(self.network, part, part_targets) * (len(part) / len(images))
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise TrainingError(self._diagnosis(epoch, index, part))
+                self.fabric.backward(loss)
+            total += value
+        if self.settings.clip:
+            self.fabric.clip_gradients(self.network, self.optimiser, max_norm=self.settings.clip, error_if_nonfinite=False)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        if self.after_step is not None:
+            with torch.no_grad():
+                self.after_step()
+        if self.average is not None:
+            self.average.update_parameters(self.module)
+        return total
+
+    def _final(self) -> nn.Module:
+        """The network whose weights would be kept now."""
+        return self.module if self.average is None else cast(nn.Module, self.average.module)
+
+    def _remember_best(self, accuracy: float) -> None:
+        if self.settings.keep == "best" and (self.best is None or accuracy > self.best[0]):
+            self.best = accuracy, {name: tensor.detach().clone() for name, tensor in self._final().state_dict().items()}
+
+    def _take_final_weights(self) -> None:
+        if self.best is not None:
+            self.module.load_state_dict(self.best[1])
+        elif self.average is not None and self.rows:
+            self.module.load_state_dict(self.average.module.state_dict())
+
+    # What a checkpoint holds
+
+    def _save(self) -> None:
+        if self.file is None:
+            return
+        state = {
+            "settings": dataclasses.asdict(self.settings),
+            "rows": self.rows,
+            "module": self.module.state_dict(),
+            "optimiser": self.optimiser.state_dict() if self.settings.epochs else {},
+            "average": None if self.average is None else self.average.state_dict(),
+            "best": self.best,
+        }
+        if self.fabric.is_global_zero:
+            with whole_file(self.file) as temporary:
+                torch.save(state, temporary)
+        self.fabric.barrier()
+
+    def _restore(self) -> None:
+        if self.file is None or not self.file.is_file():
+            return
+        try:
+            state = torch.load(self.file, map_location=self.fabric.device, weights_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{self.file}: not a whole training checkpoint; remove it to start this stage anew") from error
+        asked = dataclasses.asdict(self.settings)
+        other = [
+            f"{key}={state['settings'].get(key)!r} (now {value!r})" for key, value in asked.items() if state["settings"].get(key) != value
+        ]
+        if other:
+            raise CheckpointError(f"{self.file} was made with {', '.join(other)}; resume with the same settings, or remove it")
+        try:
+            self.module.load_state_dict(state["module"])
+            if self.settings.epochs:
+                self.optimiser.load_state_dict(state["optimiser"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{self.file} belongs to another network ({str(error).splitlines()[0]})") from error
+        self.rows, self.best = list(state["rows"]), state["best"]
+
+    def _where_to_go_on(self) -> str:
+        if self.file is None:
+            return f"stage {self.stage} was interrupted in epoch {len(self.rows) + 1}; no folder was given, so nothing is kept"
+        return (
+            f"stage {self.stage} was interrupted in epoch {len(self.rows) + 1}; {self.file} holds the epochs before it: go on with --resume"
+        )
+
+    def _diagnosis(self, epoch: int, index: int, images: Tensor) -> str:
+        with torch.no_grad(), self.fabric.autocast():
+            where = first_not_finite(self.module, images)
+        advice = "lower the learning rate, clip the gradient (--clip 1), or train in 32-true precision"
+        return f"stage {self.stage}, epoch {epoch + 1}, step {index + 1}: the loss is no finite number; first seen at {where}; {advice}"
+
+
+def first_not_finite(module: nn.Module, images: Tensor) -> str:
+    """The first parameter or layer output that is NaN or infinite, by name."""
+    for name, parameter in module.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return f"the parameter {name}"
+    found: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, __: Any, out: Any) -> None:
+            if isinstance(out, Tensor) and not bool(torch.isfinite(out).all()):
+                found.append(name)
+
+        return hook
+
+    hooks = [layer.register_forward_hook(look(name)) for name, layer in module.named_modules() if name and not list(layer.children())]
+    try:
+        module(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return f"the layer {found[0]}" if found else "the loss itself; all layers are finite"
+
+
+def _choose(module: nn.Module, groups: Sequence[dict[str, Any]] | None, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups; everything outside them stops learning."""
+    if groups is None:
+        groups = parameter_groups(module, [])
+    chosen = [{"weight_decay": weight_decay, "rate": 1.0, **group} for group in groups if group["params"]]
+    learning = {id(parameter) for group in chosen for parameter in group["params"]}
+    for parameter in module.parameters():
+        parameter.requires_grad_(id(parameter) in learning)
+    return chosen
+
+
+def parameter_groups(module: nn.Module, special: Sequence[nn.Parameter], **group: Any) -> list[dict[str, Any]]:
+    """The default groups of all parameters, with `special` ones in a group of their own that has the entries `group`."""
+    own = {id(parameter) for parameter in special}
+    others = [parameter for parameter in module.parameters() if parameter.is_floating_point() and id(parameter) not in own]
+    return [
+        {"params": [parameter for parameter in others if parameter.ndim > 1]},
+        {"params": [parameter for parameter in others if parameter.ndim <= 1], "weight_decay": 0.0},
+        {"params": list(special), **group},
+    ]
+
+
+def _optimiser(settings: Training, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if settings.optimiser == "sgd":
+        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum, nesterov=settings.momentum > 0)
+    betas = (settings.momentum, 0.999)
+    if settings.optimiser == "adam":
+        return torch.optim.Adam(groups, lr=settings.learning_rate, betas=betas, amsgrad=True)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas)
+
+
+def _average(module: nn.Module, decay: float) -> Any:
+    if not decay:
+        return None
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    average: Any = get_ema_multi_avg_fn
+    return AveragedModel(module, multi_avg_fn=average(decay), use_buffers=True)
