@@ -1,0 +1,125 @@
+"""QCFS: train the source network with the staircase that its neurons will have.
+
+T. Bu, W. Fang, J. Ding, P. Dai, Z. Yu, T. Huang, "Optimal ANN-SNN Conversion for High-accuracy and Ultra-low-latency
+Spiking Neural Networks", ICLR 2022, arXiv 2303.04347.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from quickspike.activations import Granularity, LearnedCeiling, ceiling_at
+from quickspike.data import ImageStream
+from quickspike.graph import Site, Traced
+from quickspike.method import Method, Paper, register
+from quickspike.neuron import NeuronParameters
+from quickspike.options import option
+from quickspike.training import Train, parameter_groups
+
+Support = Literal["inside", "clamp_after", "paper"]
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class QCFS(Method):
+    """Quantisation-clip-floor-shift: a = mu clip(floor(z L/mu + 1/2)/L, 0, 1) with a trained ceiling mu (equation 15).
+
+    Neurons get theta = amplitude = mu and v(0) = theta/2. For inputs spread evenly over the cells of the staircase the
+    expected conversion error is 0 for every T and L (theorem 3); for T = L and inputs even in time it is 0 exactly.
+
+    Differs from the paper: ceilings start from calibration images (`start=8` for the paper's); its formula for da/dmu is misprinted,
+    here it is the derivative of the definition with the floor taken as the identity.
+    """
+
+    name: ClassVar[str] = "qcfs"
+    paper: ClassVar[Paper] = Paper(
+        "T. Bu, W. Fang, J. Ding, P. Dai, Z. Yu, T. Huang",
+        "Optimal ANN-SNN Conversion for High-accuracy and Ultra-low-latency Spiking Neural Networks",
+        2022,
+        "2303.04347",
+    )
+
+    levels: int = option(
+        4, "levels L of the staircase in training; small for T <= 4, larger for the accuracy at large T", low=1, high=65536
+    )
+    initial: float = option(0.5, "initial potential", unit="theta", low=0, high=1)
+    support: Support = option(
+        "inside",
+        "where the gradient passes: 0 <= z <= mu, up to half a level below and above (clamp_after), or the paper's printed interval",
+    )
+    granularity: Granularity = option("layer", "one ceiling per layer (the paper's) or per channel")
+    percentile: float = option(
+        99.9, "share of activations below the ceiling that training starts from", unit="%", low=0, high=100, low_open=True
+    )
+    start: float = option(0.0, "ceiling that training starts from, 8 in the paper; 0 takes it from calibration images", low=0, high=1e6)
+    ceiling_decay: float = option(5e-4, "weight decay of the ceilings", low=0, high=1)
+
+    def activation(self, site: Site) -> LearnedCeiling:
+        return QuantisedReLU(site, self.granularity, self.levels, self.support)
+
+    def fit(self, ann: Traced, images: ImageStream, train: Train | None = None) -> None:
+        ceilings = [ceiling_at(site, ann.at(site)) for site in ann.sites]
+        images.feed(ann.module, ceilings)
+        for ceiling in ceilings:
+            histogram = ceiling.probe.histogram
+            # Without training the ceiling has to fit the staircase of T steps on its own.
+            untrained = histogram.squared_error_ceiling(self.steps, self.initial)
+            trained = torch.full_like(untrained, self.start) if self.start else histogram.percentile(self.percentile)
+            ceiling.start(untrained if train is None else trained)
+        if train is not None:
+            learned = [ceiling.mu for ceiling in ceilings]
+            train(ann.module, "ann", groups=parameter_groups(ann.module, learned, weight_decay=self.ceiling_decay))
+
+    def neuron(self, site: Site, activation: nn.Module) -> NeuronParameters:
+        return NeuronParameters(ceiling_at(site, activation).ceiling, initial=self.initial)
+
+
+class QuantisedReLU(LearnedCeiling):
+    """The QCFS activation; see `QCFS`."""
+
+    def __init__(self, site: Site, granularity: Granularity, levels: int, support: Support) -> None:
+        super().__init__(site, granularity)
+        self.levels, self.support = levels, support
+
+    def activate(self, x: Tensor, ceiling: Tensor) -> Tensor:
+        return quantise(x, ceiling, self.levels, self.support)
+
+
+class _Quantise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, mu: Tensor, levels: int, support: Support) -> Tensor:
+        ctx.save_for_backward(z, mu)
+        ctx.levels, ctx.support = levels, support
+        return mu.to(z) * _level(z, mu, levels)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        z, mu = ctx.saved_tensors
+        inside = _inside(z, mu, ctx.levels, ctx.support)
+        to_mu = None
+        if ctx.needs_input_grad[1]:
+            slope = _level(z, mu, ctx.levels) - inside * (z / mu)
+            to_mu = (gradients[0] * slope).float().sum_to_size(mu.shape).to(mu)
+        return gradients[0] * inside, to_mu, None, None
+
+
+def _level(z: Tensor, mu: Tensor, levels: int) -> Tensor:
+    return torch.floor(z * (levels / mu) + 0.5).clamp_(0, levels).to(z) / levels
+
+
+def _inside(z: Tensor, mu: Tensor, levels: int, support: Support) -> Tensor:
+    half = mu / (2 * levels)
+    if support == "inside":
+        return (z >= 0) & (z <= mu)
+    if support == "clamp_after":
+        return (z >= -half) & (z <= mu + half)
+    return (z > -half) & (z < mu - half)
+
+
+def quantise(z: Tensor, mu: Tensor, levels: int, support: Support = "inside") -> Tensor:
+    """Mu * clip(floor(z L/mu + 1/2)/L, 0, 1) with the straight-through gradient; same shape as `z`."""
+    return _Quantise.apply(z, mu, levels, support)  # type: ignore[no-any-return]
