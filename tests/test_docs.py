@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import runpy
 import sys
@@ -9,9 +10,13 @@ from pathlib import Path
 
 import pytest
 
+import quickspike as qs
+from quickspike import method
+from quickspike.cli import main
 from quickspike.demo import run_demo
 from quickspike.method import all_methods
 from quickspike.operators import FUNCTIONS, LAYERS
+from quickspike.recipe import read_recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,6 +54,31 @@ def test_the_page_of_dependencies_lists_every_one():
     assert {"torch", "tyro", "pytest", "mypy"} <= set(names)
     for name in set(names) - {"setuptools"}:
         assert name in page
+
+
+def test_the_page_on_adding_a_method_adds_one(digits_source, digits, tmp_path, monkeypatch, capsys):
+    all_methods()  # registered before the registry is replaced, or they would be gone with it
+    page = (ROOT / "docs" / "adding-a-method.md").read_text()
+    assert len(page.splitlines()) <= 60
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.setattr(method, "_REGISTRY", dict(method._REGISTRY))
+    (tmp_path / "added.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("added")
+    snn = qs.convert(digits_source, digits.loader("train", limit=200), "max_norm", steps=32, factor=0.9)
+    assert qs.evaluate(snn, digits.loader("test"), device="cpu").accuracy[32] > 95
+    main(["methods", "max_norm", "--json"])
+    assert "share of the largest activation" in capsys.readouterr().out
+    del sys.modules["added"]
+
+
+def test_every_recipe_can_be_read_and_names_what_it_is_held_against():
+    recipes = sorted((ROOT / "recipes").glob("*/*.toml"))
+    assert len(recipes) > 40
+    for path in recipes:
+        recipe = read_recipe(path)
+        assert recipe.published or path.parent.name == "ours", path
+        assert {figure.steps for figure in recipe.published} - {0} <= set(recipe.steps), path
 
 
 def test_the_page_of_the_architecture_lists_every_module():

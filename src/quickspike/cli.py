@@ -232,8 +232,8 @@ def main(arguments: list[str] | None = None) -> None:
         # The reader has left (`| head`); the interpreter would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.stderr.write("\nquickspike: interrupted; no file was left half-written\n")
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"\nquickspike: {stop or 'interrupted; no file was left half-written'}\n")
         sys.exit(130)
     except ValueError as error:
         if not _is_users(error):

@@ -113,6 +113,13 @@ class SpikingNetwork(nn.Module):
         """True if layers wait for the whole window of the layer before, so that T cannot be cut short."""
         return any(neuron.averaged for neuron in self.neurons().values())
 
+    def as_synchronous(self) -> SpikingNetwork:
+        """A copy whose layers wait for the whole window of the one before; neurons that turn pixels into spikes do not."""
+        other = copy.deepcopy(self)
+        for site in other.sites:
+            other.neuron(site.name).averaged = not site.encodes_input
+        return other
+
     def set_steps(self, steps: int) -> None:
         """Let this network run for another number of steps; see `with_steps` for a copy that does."""
         self.steps = steps

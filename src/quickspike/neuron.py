@@ -13,11 +13,13 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from quickspike import kernels
 from quickspike.errors import ConversionError
 
 SurrogateShape = Literal["triangular", "boxcar", "arctan", "sigmoid"]
@@ -80,9 +82,8 @@ class _Rule:
 class _Scan(torch.autograd.Function):
     """All steps of soft-reset integrate-and-fire at once, with its backward pass written out.
 
-    Kept for backward are the potentials before the reset, m, and the spikes as booleans; everything else is
-    recomputed. The reset takes spikes as given: no gradient flows through its indicator, as in the papers that
-    fine-tune. With e = dL/ds(t) h'(u(t)), u = m/theta - 1:
+    Only the currents are kept for backward; potentials are computed again. The reset takes spikes as given: no gradient
+    flows through its indicator, as in the papers that fine-tune. With e = dL/ds(t) h'(u(t)), u = m/theta - 1:
 
         dL/dm(t) = leak dL/dm(t+1) + e/theta        dL/dleak = sum_t dL/dm(t) v(t-1)
         dL/dtheta = - sum_t e m(t)/theta^2 - sum_t s(t) dL/dv(t),    dL/dv(t) = leak dL/dm(t+1)
@@ -91,60 +92,48 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Tensor, rule: _Rule) -> tuple[Tensor, Tensor]:
         """(outputs `[T*B, ...]`, final potential `[B, ...]`) from currents `[T*B, ...]`, or `[B, ...]` if constant."""
-        steps = rule.steps
-        inputs = current.expand(steps, *current.shape) if rule.constant else unfold(current, steps)
-        # Half-precision currents of autocast are integrated in the precision of the thresholds.
-        dtype = torch.promote_types(current.dtype, theta.dtype)
-        shape = (steps * inputs.shape[1], *inputs.shape[2:])
-        out = torch.empty(shape, dtype=current.dtype, device=current.device, memory_format=_format(inputs[0]))
-        keep = any(ctx.needs_input_grad)
-        potentials, fired = [], []
-        before = v
-        for t, slot in zip(range(steps), out.view(steps, *inputs.shape[1:]), strict=True):
-            m = torch.addcmul(inputs[t].to(dtype), leak, v.to(dtype))
-            spikes = rule.fire(m, theta)
-            if keep:
-                potentials.append(m.to(current.dtype))
-                fired.append(spikes)
-            slot.copy_(spikes * amplitude)
-            v = torch.addcmul(m, theta, spikes.to(dtype), value=-1)
-        if keep:
-            ctx.save_for_backward(before, theta, leak, amplitude, *potentials, *fired)
-            ctx.rule, ctx.shape = rule, current.shape
-        return out, v
+        ctx.save_for_backward(current, v, theta, leak, amplitude)
+        ctx.rule = rule
+        batch = current.shape[0] if rule.constant else current.shape[0] // rule.steps
+        shape = (rule.steps * batch, *current.shape[1:])
+        out = torch.empty(shape, dtype=current.dtype, device=current.device, memory_format=_format(current))
+        slots = out.view(rule.steps, batch, *current.shape[1:])
+        m = v
+        for slot, m in zip(slots, _potentials(current, v, theta, leak, rule), strict=True):
+            slot.copy_(rule.fire(m, theta) * amplitude)
+        return out, torch.addcmul(m, theta, rule.fire(m, theta).to(m.dtype), value=-1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        before, theta, leak, amplitude, *saved = ctx.saved_tensors
+        current, before, theta, leak, amplitude = ctx.saved_tensors
         rule: _Rule = ctx.rule
-        potentials, fired = saved[: rule.steps], saved[rule.steps :]
+        potentials = list(_potentials(current, before, theta, leak, rule))
         g = unfold(gradients[0], rule.steps)
         need_current, need_v, need_theta, need_leak, need_amplitude, _ = ctx.needs_input_grad
         to_theta, to_leak, to_amplitude = (torch.zeros_like(parameter) for parameter in (theta, leak, amplitude))
         dv = gradients[1]
         parts: list[Tensor] = []
         for t in reversed(range(rule.steps)):
-            m, s = potentials[t].to(dv.dtype), fired[t]
-            ds = g[t].to(dv.dtype) if rule.surrogate.unscaled else g[t] * amplitude
-            e = ds * rule.surrogate.derivative(m / theta - 1) / theta
-            if need_theta:
-                to_theta -= _reduced(torch.addcmul(e * m / theta, s.to(dv.dtype), dv), theta)
-            if need_amplitude:
-                to_amplitude += _reduced(g[t] if rule.surrogate.unscaled else g[t] * s, amplitude)
+            m, gt = potentials[t], g[t].to(dv.dtype)
+            s = rule.fire(m, theta).to(dv.dtype)
+            e = (gt if rule.surrogate.unscaled else gt * amplitude) * rule.surrogate.derivative(m / theta - 1) / theta
             dm = dv + e
+            if need_theta:
+                to_theta -= _reduced(torch.addcmul(e * m / theta, s, dv), theta)
+            if need_amplitude:
+                to_amplitude += _reduced(gt if rule.surrogate.unscaled else gt * s, amplitude)
             if need_leak:
-                v = before if t == 0 else torch.addcmul(potentials[t - 1].to(dv.dtype), theta, fired[t - 1].to(dv.dtype), value=-1)
+                earlier = potentials[t - 1]
+                v = before if t == 0 else torch.addcmul(earlier, theta, rule.fire(earlier, theta).to(dv.dtype), value=-1)
                 to_leak += _reduced(dm * v, leak)
             parts.append(dm)
             dv = leak * dm
-        current = None
+        to_current = None
         if need_current:
-            dtype = gradients[0].dtype
-            current = torch.stack(parts).sum(0).to(dtype) if rule.constant else torch.cat(parts[::-1]).to(dtype)
-        initial = _reduced(dv, before) if need_v else None
+            to_current = (torch.stack(parts).sum(0) if rule.constant else torch.cat(parts[::-1])).to(current.dtype)
         return (
-            current,
-            initial,
+            to_current,
+            _reduced(dv, before) if need_v else None,
             to_theta if need_theta else None,
             to_leak if need_leak else None,
             to_amplitude if need_amplitude else None,
@@ -152,7 +141,19 @@ class _Scan(torch.autograd.Function):
         )
 
 
+def _potentials(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, rule: _Rule) -> Iterator[Tensor]:
+    """m(t), the potential before the reset, for t = 1..T."""
+    inputs = current.expand(rule.steps, *current.shape) if rule.constant else unfold(current, rule.steps)
+    # Half-precision currents of autocast are integrated in the precision of the thresholds.
+    dtype = torch.promote_types(current.dtype, theta.dtype)
+    for x in inputs:
+        m = torch.addcmul(x.to(dtype), leak, v.to(dtype))
+        yield m
+        v = torch.addcmul(m, theta, rule.fire(m, theta).to(dtype), value=-1)
+
+
 def _format(x: Tensor) -> torch.memory_format:
+    """How the outputs of a current are laid out."""
     channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
 
@@ -266,24 +267,50 @@ class Neuron(Timed):
     leak: nn.Parameter
     amplitude: nn.Parameter
 
+    def forward(self, x: Tensor) -> Tensor:
+        # The final potential is of no use here, and the compiled loops do not give it.
+        x, constant = self._currents(x, self.steps)
+        theta, leak = self.bounded()
+        initial, amplitude = self.initial * theta, self._height(theta)
+        rule = _Rule(self.steps, constant, self.strict, self.surrogate)
+        if kernels.applies(x, (initial, theta, leak, amplitude), self.steps, self.surrogate.shape):
+            out = kernels.fused(x, initial, theta, leak, amplitude, rule)
+        else:
+            out, _ = _Scan.apply(x, initial, theta, leak, amplitude, rule)
+        return self._dropped(out, None, self.steps)[0]
+
     def scan(self, x: Tensor, state: Any, steps: int) -> tuple[Tensor, Any]:
+        x, constant = self._currents(x, steps)
         theta, leak = self.bounded()
         v, mask = state or (self.initial * theta, None)
-        constant = self.constant_input
-        if self.averaged:
-            self._check_whole(steps)
-            x, constant = (x if constant else unfold(x, steps).mean(0)), True
+        amplitude = self._height(theta)
+        out, v = integrate(x, v, theta, leak, amplitude, steps, constant=constant, strict=self.strict, surrogate=self.surrogate)
+        out, mask = self._dropped(out, mask, steps)
+        return out, (v, mask)
+
+    def _currents(self, x: Tensor, steps: int) -> tuple[Tensor, bool]:
+        """The currents to integrate, and whether they are the same at every step."""
+        if not self.averaged:
+            return x, self.constant_input
+        self._check_whole(steps)
+        return (x if self.constant_input else unfold(x, steps).mean(0)), True
+
+    def _height(self, theta: Tensor) -> Tensor:
+        """Height of a spike."""
         amplitude = self.amplitude * theta if self.scaled else self.amplitude
         if self.surrogate.unscaled and self.scaled:
             # The published code's gradient to the threshold lacks the amplitude.
-            amplitude = amplitude.detach() + (theta - theta.detach())
-        out, v = integrate(x, v, theta, leak, amplitude, steps, constant=constant, strict=self.strict, surrogate=self.surrogate)
-        if self.training and self.dropout:
-            spikes = unfold(out, steps)
-            if mask is None:
-                mask = (torch.rand_like(spikes[0], dtype=torch.float32) >= self.dropout).to(out) / (1 - self.dropout)
-            out = (spikes * mask).flatten(0, 1)
-        return out, (v, mask)
+            return amplitude.detach() + (theta - theta.detach())
+        return amplitude
+
+    def _dropped(self, out: Tensor, mask: Tensor | None, steps: int) -> tuple[Tensor, Tensor | None]:
+        """Outputs with some neurons silenced, and which: the same ones at every step."""
+        if not (self.training and self.dropout):
+            return out, mask
+        spikes = unfold(out, steps)
+        if mask is None:
+            mask = (torch.rand_like(spikes[0], dtype=torch.float32) >= self.dropout).to(out) / (1 - self.dropout)
+        return (spikes * mask).flatten(0, 1), mask
 
     def bounded(self) -> tuple[Tensor, Tensor]:
         """Threshold and leak as they act: positive, and within [0, 1]."""

@@ -74,6 +74,8 @@ class Recipe:
     precision: str = "32-true"
     steps: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of steps that are measured."""
+    synchronous: bool = False
+    """Measure the converted network with layers that wait for whole windows, too."""
     source: Training | None = None
     """Training of the source network with plain ReLU; None: random weights go to the method's training."""
     train: Training | None = None
@@ -117,7 +119,7 @@ def _recipe(tables: Mapping[str, Any], text: str) -> Recipe:
     _only(tables, TABLES, "table")
     data, method, measure = dict(tables["data"]), dict(tables["method"]), dict(tables.get("evaluate", {}))
     _only(data, ("name", "mean", "std", "calibration"), "key of [data]")
-    _only(measure, ("steps",), "key of [evaluate]")
+    _only(measure, ("steps", "synchronous"), "key of [evaluate]")
     tuning = dict(tables.get("tune", {}))
     learned = {name: tuning.pop(name) for name in options_of(Tuning) if name in tuning}
     statistics = Statistics(tuple(data["mean"]), tuple(data["std"])) if "mean" in data else None
@@ -131,6 +133,7 @@ def _recipe(tables: Mapping[str, Any], text: str) -> Recipe:
         method=create(method.pop("name"), **method),
         precision=tables.get("precision", "32-true"),
         steps=tuple(measure.get("steps", (1, 2, 4, 8))),
+        synchronous=measure.get("synchronous", False),
         source=_settings(Training, tables.get("source")),
         train=_settings(Training, tables.get("train")),
         tune=_settings(Training, tuning or None),
@@ -240,7 +243,7 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         values = [run["accuracy"][stage] for run in runs if run["accuracy"].get(stage) is not None]
         if values:
             summary[stage] = spread(values)
-    for stage in ("converted", "tuned"):
+    for stage in ("converted", "synchronous", "tuned"):
         found = [run["accuracy"][stage] for run in runs if stage in run["accuracy"]]
         if found:
             summary[stage] = {step: spread([values[step] for values in found]) for step in found[0]}
@@ -269,6 +272,9 @@ class _Seed:
         snn.save(self.folder / "converted.safetensors")
         report = self._measured(snn)
         accuracy["converted"] = report["accuracy"]
+        if self.recipe.synchronous:
+            waiting = self._measured(snn.as_synchronous())
+            accuracy["synchronous"] = waiting["accuracy"]
         if self.recipe.tune is not None:
             snn = self._tuned(snn)
             report = self._measured(snn)

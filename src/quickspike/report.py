@@ -135,7 +135,7 @@ def recipe_tables(result: Mapping[str, Any]) -> RenderableType:
     """What a recipe gave, mean and standard deviation over its seeds, beside the published figures."""
     summary, runs = result["summary"], result["runs"]
     table = Table(title=f"{result['title']}: accuracy in % on {runs[0]['test_images']} images, {len(runs)} seed(s)")
-    stages = [stage for stage in ("converted", "tuned") if stage in summary]
+    stages = [stage for stage in ("converted", "synchronous", "tuned") if stage in summary]
     for heading in ("", "latency", *stages, "published"):
         table.add_column(heading, justify="right" if heading else "left", overflow="fold")
     for stage, name in (("source", "source network"), ("ann", "network that was converted")):

@@ -52,7 +52,7 @@ class Training:
     epochs: int = option(24, "passes over the training images", unit="epochs", low=0, high=1_000_000)
     batch_size: int = option(128, "images per optimiser step, over all devices together", unit="images", low=1, high=2**20)
     accumulate: int = option(1, "parts that a batch is cut into, one after the other, to save memory", unit="parts", low=1, high=2**20)
-    optimiser: Literal["sgd", "adam", "adamw"] = option(
+    optimiser: Literal["sgd", "adam", "adamw", "adadelta"] = option(
         "sgd", "optimiser; sgd uses Nesterov's momentum, adam keeps the largest second moment"
     )
     learning_rate: float = option(0.2, "largest learning rate", low=0, high=1000, low_open=True)
@@ -503,6 +503,8 @@ def _optimiser(settings: Training, groups: list[dict[str, Any]]) -> torch.optim.
     betas = (settings.momentum, 0.999)
     if settings.optimiser == "adam":
         return torch.optim.Adam(groups, lr=settings.learning_rate, betas=betas, amsgrad=True)
+    if settings.optimiser == "adadelta":
+        return torch.optim.Adadelta(groups, lr=settings.learning_rate)
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas)
 
 

@@ -79,7 +79,7 @@ class RateNorm(Method):
         scale = layers[0].scale
         # Training starts at p = 1; stage 2 begins at the wanted scale.
         self._set(scale, 10.0)
-        train(ann.module, "accuracy", groups=parameter_groups(ann.module, [scale], rate=0.0, weight_decay=0.0))
+        train(ann.module, "accuracy", groups=parameter_groups(ann.module, [scale])[:-1])
         self._set(scale, self.scale)
         if self.speed_epochs:
             self._speed_up(ann, layers, train)

@@ -1,0 +1,169 @@
+"""The scan over time as two compiled loops for the CPU: every current is read once, potentials stay in registers.
+
+The loops give the spikes of `neuron.integrate`'s reference bit for bit. They take float32 and bfloat16 currents and the
+piecewise linear surrogates; whatever else comes is left to the reference. Nothing is kept for the backward pass but the
+currents themselves: potentials are computed again there, which is cheaper than fetching them from memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import math
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MOST_STEPS = 64
+_LOCK = threading.Lock()
+SHAPES = {"triangular": 0, "boxcar": 1}
+
+
+@functools.cache
+def _loops() -> Any:
+    """The compiled loops; None if numba is not there."""
+    try:
+        return importlib.import_module("quickspike.loops")
+    except (ImportError, RuntimeError):  # RuntimeError: numba finds no folder for what it compiles
+        return None
+
+
+def applies(current: Tensor, parameters: Sequence[Tensor], steps: int, shape: str) -> bool:
+    """True if the compiled loops can take this: CPU, float32 or bfloat16, parameters single or per channel."""
+    if shape not in SHAPES:
+        return False
+    if current.device.type != "cpu" or current.dtype not in (torch.float32, torch.bfloat16) or steps > MOST_STEPS or not current.numel():
+        return False
+    channels = current.shape[1] if current.ndim > 1 else 0
+    for parameter in parameters:
+        per_channel = parameter.numel() == channels and parameter.ndim == current.ndim - 1 and parameter.shape[0] == channels
+        if parameter.dtype != torch.float32 or not (parameter.numel() == 1 or per_channel):
+            return False
+    return _dense(current) is not None and _loops() is not None
+
+
+def _dense(x: Tensor) -> tuple[Tensor, int] | None:
+    """(the tensor with axes in the order of memory, neurons between two channels there); None if it has gaps."""
+    if x.is_contiguous():
+        return x, math.prod(x.shape[2:])
+    moved = x.movedim(1, -1)
+    return (moved, 1) if moved.is_contiguous() else None
+
+
+def _bits(x: Tensor, rows: int) -> np.ndarray[Any, Any]:
+    """`[rows, N]` as unsigned integers that share the memory of `x`."""
+    dense = _dense(x)
+    assert dense is not None  # noqa: S101 - `applies` has seen to it
+    kind, unsigned = (torch.int16, np.uint16) if x.dtype == torch.bfloat16 else (torch.int32, np.uint32)
+    array: np.ndarray[Any, Any] = dense[0].detach().reshape(rows, -1).view(kind).numpy().view(unsigned)
+    return array
+
+
+def _flat(parameter: Tensor) -> np.ndarray[Any, Any]:
+    array: np.ndarray[Any, Any] = parameter.detach().reshape(-1).numpy()
+    return array
+
+
+@contextlib.contextmanager
+def _threads() -> Any:
+    """As many threads as torch uses; one caller at a time, since numba's pool is not reentrant."""
+    import numba
+
+    with _LOCK:
+        numba.set_num_threads(min(torch.get_num_threads(), _loops().THREADS))
+        yield
+
+
+def _empty_outputs(current: Tensor, steps: int, constant: bool) -> Tensor:
+    """Memory for the outputs, laid out as the currents are."""
+    if not constant:
+        return torch.empty_like(current)
+    shape = (steps * current.shape[0], *current.shape[1:])
+    if current.is_contiguous():
+        return current.new_empty(shape)
+    return current.new_empty((shape[0], *shape[2:], shape[1])).movedim(-1, 1)
+
+
+class _Fused(torch.autograd.Function):
+    """`neuron._Scan` without the final potential, in compiled loops."""
+
+    @staticmethod
+    def forward(ctx: Any, current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Tensor, rule: Any) -> Tensor:
+        dense = _dense(current)
+        inner = 1 if dense is None else dense[1]
+        half = current.dtype == torch.bfloat16
+        out = _empty_outputs(current, rule.steps, rule.constant)
+        heights = _bits(amplitude.detach().to(current.dtype).reshape(1, -1), 1)[0].astype(np.uint32)
+        with _threads():
+            _loops().forward(
+                _bits(current, 1 if rule.constant else rule.steps),
+                _bits(out, rule.steps),
+                _flat(v),
+                _flat(theta),
+                _flat(leak),
+                heights,
+                inner,
+                rule.steps,
+                rule.constant,
+                rule.strict,
+                half,
+            )
+        ctx.save_for_backward(current, v, theta, leak, amplitude)
+        ctx.rule, ctx.inner = rule, inner
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        current, v, theta, leak, amplitude = ctx.saved_tensors
+        rule, half = ctx.rule, current.dtype == torch.bfloat16
+        gradient = _like(gradients[0].to(current.dtype), current)
+        dx = torch.empty_like(current)
+        parameters = (theta, leak, amplitude, v)
+        channels = max(parameter.numel() for parameter in parameters)
+        number = gradient.numel() // rule.steps
+        sums = np.zeros((-(-number // _loops().BLOCK), 4, channels), np.float32)
+        surrogate = rule.surrogate
+        with _threads():
+            _loops().backward(
+                _bits(current, 1 if rule.constant else rule.steps),
+                _bits(gradient, rule.steps),
+                _bits(dx, 1 if rule.constant else rule.steps),
+                _flat(v),
+                _flat(theta),
+                _flat(leak),
+                _flat(amplitude),
+                sums,
+                ctx.inner,
+                rule.steps,
+                rule.constant,
+                rule.strict,
+                half,
+                SHAPES[surrogate.shape],
+                np.float32(surrogate.width),
+                np.float32(surrogate.scale),
+                surrogate.unscaled,
+            )
+        totals = torch.from_numpy(sums.sum(0, dtype=np.float64).astype(np.float32))
+        to_theta, to_leak, to_amplitude, to_v = (
+            total.reshape(parameter.shape) if parameter.numel() == channels else total.sum().reshape(parameter.shape)
+            for total, parameter in zip(totals, parameters, strict=True)
+        )
+        wanted = (dx, to_v, to_theta, to_leak, to_amplitude, None)
+        return tuple(value if need else None for value, need in zip(wanted, ctx.needs_input_grad, strict=True))
+
+
+def _like(x: Tensor, other: Tensor) -> Tensor:
+    """`x` laid out as `other`, whose rows may be fewer."""
+    if other.is_contiguous():
+        return x.contiguous()
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def fused(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Tensor, rule: Any) -> Tensor:
+    """Outputs `[T*B, ...]`; arguments as of `neuron.integrate`, such that `applies` is true."""
+    return _Fused.apply(current, v, theta, leak, amplitude, rule)  # type: ignore[no-any-return]
