@@ -7,12 +7,12 @@ currents themselves: potentials are computed again there, which is cheaper than 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
+import itertools
 import math
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 MOST_STEPS = 64
-_LOCK = threading.Lock()
 SHAPES = {"triangular": 0, "boxcar": 1}
 
 
@@ -69,14 +68,23 @@ def _flat(parameter: Tensor) -> np.ndarray[Any, Any]:
     return array
 
 
-@contextlib.contextmanager
-def _threads() -> Any:
-    """As many threads as torch uses; one caller at a time, since numba's pool is not reentrant."""
-    import numba
+def _share_out(loop: Callable[..., None], number: int, *arguments: Any) -> None:
+    """Run a compiled loop over all blocks of `number` neurons, on as many threads as torch uses (it releases the GIL)."""
+    blocks = -(-number // _loops().BLOCK)
+    threads = min(torch.get_num_threads(), blocks)
+    if threads <= 1:
+        loop(0, blocks, *arguments)
+        return
+    ends = [blocks * part // threads for part in range(threads + 1)]
+    tasks = [_pool(threads - 1).submit(loop, *span, *arguments) for span in itertools.pairwise(ends[1:])]
+    loop(0, ends[1], *arguments)
+    for task in tasks:
+        task.result()
 
-    with _LOCK:
-        numba.set_num_threads(min(torch.get_num_threads(), _loops().THREADS))
-        yield
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "quickspike")
 
 
 def _empty_outputs(current: Tensor, steps: int, constant: bool) -> Tensor:
@@ -99,20 +107,21 @@ class _Fused(torch.autograd.Function):
         half = current.dtype == torch.bfloat16
         out = _empty_outputs(current, rule.steps, rule.constant)
         heights = _bits(amplitude.detach().to(current.dtype).reshape(1, -1), 1)[0].astype(np.uint32)
-        with _threads():
-            _loops().forward(
-                _bits(current, 1 if rule.constant else rule.steps),
-                _bits(out, rule.steps),
-                _flat(v),
-                _flat(theta),
-                _flat(leak),
-                heights,
-                inner,
-                rule.steps,
-                rule.constant,
-                rule.strict,
-                half,
-            )
+        _share_out(
+            _loops().forward,
+            out.numel() // rule.steps,
+            _bits(current, 1 if rule.constant else rule.steps),
+            _bits(out, rule.steps),
+            _flat(v),
+            _flat(theta),
+            _flat(leak),
+            heights,
+            inner,
+            rule.steps,
+            rule.constant,
+            rule.strict,
+            half,
+        )
         ctx.save_for_backward(current, v, theta, leak, amplitude)
         ctx.rule, ctx.inner = rule, inner
         return out
@@ -128,26 +137,27 @@ class _Fused(torch.autograd.Function):
         number = gradient.numel() // rule.steps
         sums = np.zeros((-(-number // _loops().BLOCK), 4, channels), np.float32)
         surrogate = rule.surrogate
-        with _threads():
-            _loops().backward(
-                _bits(current, 1 if rule.constant else rule.steps),
-                _bits(gradient, rule.steps),
-                _bits(dx, 1 if rule.constant else rule.steps),
-                _flat(v),
-                _flat(theta),
-                _flat(leak),
-                _flat(amplitude),
-                sums,
-                ctx.inner,
-                rule.steps,
-                rule.constant,
-                rule.strict,
-                half,
-                SHAPES[surrogate.shape],
-                np.float32(surrogate.width),
-                np.float32(surrogate.scale),
-                surrogate.unscaled,
-            )
+        _share_out(
+            _loops().backward,
+            number,
+            _bits(current, 1 if rule.constant else rule.steps),
+            _bits(gradient, rule.steps),
+            _bits(dx, 1 if rule.constant else rule.steps),
+            _flat(v),
+            _flat(theta),
+            _flat(leak),
+            _flat(amplitude),
+            sums,
+            ctx.inner,
+            rule.steps,
+            rule.constant,
+            rule.strict,
+            half,
+            SHAPES[surrogate.shape],
+            np.float32(surrogate.width),
+            np.float32(surrogate.scale),
+            surrogate.unscaled,
+        )
         totals = torch.from_numpy(sums.sum(0, dtype=np.float64).astype(np.float32))
         to_theta, to_leak, to_amplitude, to_v = (
             total.reshape(parameter.shape) if parameter.numel() == channels else total.sum().reshape(parameter.shape)

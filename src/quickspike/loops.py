@@ -3,7 +3,7 @@
 Arrays are flat views of tensors in the order of memory: `[T, N]` unsigned integers that hold the bits of float32 or
 bfloat16 numbers. Parameters are arrays of one value, or of one per channel; neighbours in a channel are `inner` apart.
 """
-# mypy: disable-error-code="no-untyped-def, misc, attr-defined"
+# mypy: disable-error-code="no-untyped-def, misc"
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import numpy as np
 
 BLOCK = 2048
 """Neurons that a loop works on at a time: their potentials of some steps fit the first-level cache."""
-THREADS: int = numba.config.NUMBA_NUM_THREADS
-"""Most threads that the loops may use."""
 
 
 @numba.njit(fastmath=False, inline="always")
@@ -38,11 +36,11 @@ def tile(parameter, start, size, inner, out):
             out[i] = parameter[((start + i) // inner) % count]
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)
-def forward(x, out, v0, theta, leak, height, inner, steps, constant, strict, half):
-    """Fill `out` with the spikes' heights; `height` holds their bits."""
+@numba.njit(cache=True, nogil=True)
+def forward(first, last, x, out, v0, theta, leak, height, inner, steps, constant, strict, half):
+    """Fill blocks `first` to `last` of `out` with the spikes' heights; `height` holds their bits."""
     number = out.shape[1]
-    for block in numba.prange((number + BLOCK - 1) // BLOCK):
+    for block in range(first, last):
         start = block * BLOCK
         size = min(BLOCK, number - start)
         bits = np.empty(BLOCK, np.uint32)
@@ -62,12 +60,12 @@ def forward(x, out, v0, theta, leak, height, inner, steps, constant, strict, hal
                 out[t, start + i] = hi[i] if fires else 0
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)
-def backward(x, g, dx, v0, theta, leak, amplitude, sums, inner, steps, constant, strict, half, shape, width, scale, unscaled):
-    """Fill `dx`, and `sums` `[blocks, 4, K]` with the gradients to theta, leak, amplitude and v0; see `neuron._Scan`."""
+@numba.njit(cache=True, nogil=True)
+def backward(first, last, x, g, dx, v0, theta, leak, amplitude, sums, inner, steps, constant, strict, half, shape, width, scale, unscaled):
+    """Fill blocks `first` to `last` of `dx` and of `sums` `[blocks, 4, K]`: gradients to theta, leak, amplitude, v0; see `neuron._Scan`."""
     number = g.shape[1]
     count = sums.shape[2]
-    for block in numba.prange((number + BLOCK - 1) // BLOCK):
+    for block in range(first, last):
         start = block * BLOCK
         size = min(BLOCK, number - start)
         bits = np.empty(BLOCK, np.uint32)
