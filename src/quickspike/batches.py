@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from quickspike.augmentation import Augmentation
 from quickspike.data import DataSet, Images
-from quickspike.errors import DataError
+from quickspike.errors import DataError, QuickspikeError
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class TrainingBatches:
             raise DataError(f"{data.name}: {validation} validation images of {size} training images leave none to train on")
         if batch_size % self.share.processes:
             raise DataError(f"a batch of {batch_size} does not divide over {self.share.processes} processes")
+        if size - validation < self.share.processes:
+            raise DataError(f"{data.name}: {size - validation} images to train on are fewer than the {self.share.processes} processes")
         order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
         self.held_out = order[:validation].sort().values
         self.indices = order[validation:].sort().values
@@ -69,6 +72,11 @@ class TrainingBatches:
         if isinstance(data.train, Images):
             self._pixels = data.train.pixels.to(device)
             self._labels = data.train.labels.to(device)
+
+    def example(self) -> Tensor:
+        """One training image `[1, C, H, W]`, not augmented."""
+        image: Tensor = self._set[int(self.indices[0])][0]
+        return image[None].to(self.device)
 
     def __len__(self) -> int:
         """Batches of an epoch; what is left after the last whole batch comes into play by the next shuffling."""
@@ -96,13 +104,16 @@ class TrainingBatches:
                 indices = indices.to(self.device)
                 yield self._pixels[indices].float() / 255, self._labels[indices]
             return
-        loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(_Picked(self._set, batches), batch_size=None, num_workers=2)
-        for images, labels in loader:
+        loader: DataLoader[Any] = DataLoader(_Picked(self._set, batches), batch_size=None, num_workers=2)
+        for item in loader:
+            if isinstance(item, QuickspikeError):
+                raise item
+            images, labels = item
             yield images.to(self.device) * self._std + self._mean, labels.to(self.device)
 
 
-class _Picked(Dataset[tuple[Tensor, Tensor]]):
-    """Whole batches as items, so that workers load and stack them."""
+class _Picked(Dataset[Any]):
+    """Whole batches as items, so that workers load and stack them; a user's error is handed over as an item too."""
 
     def __init__(self, images: Dataset[tuple[Tensor, int]], batches: list[Tensor]) -> None:
         self.images, self.batches = images, batches
@@ -110,8 +121,12 @@ class _Picked(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        items = [self.images[int(i)] for i in self.batches[index]]
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | QuickspikeError:
+        try:
+            items = [self.images[int(i)] for i in self.batches[index]]
+        except QuickspikeError as error:
+            # Raised in a worker, it would come back with the worker's traceback as its message.
+            return error
         return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
 
 

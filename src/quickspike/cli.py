@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except KeyboardInterrupt as stop:
-        sys.stderr.write(f"\nquickspike: {stop or 'interrupted; no file was left half-written'}\n")
+        sys.stderr.write(f"\nquickspike: {str(stop) or 'interrupted; no file was left half-written'}\n")
         sys.exit(130)
     except ValueError as error:
         if not _is_users(error):

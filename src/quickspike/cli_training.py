@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -93,7 +94,7 @@ def train_command(method: str | None) -> Callable[..., None]:
     from quickspike.method import get
     from quickspike.training import Training
 
-    def train(model: Any, data: Any, source: Any, files: Any, training: Any, augmentation: Any, hardware: Any, options: Any = None) -> None:
+    def train(model: Any, data: Any, source: Any, files: Any, training: Any, augmentation: Any, hardware: Any, options: Any) -> None:
         """Train a source network, plainly or with a method's activations; with a method, convert it too."""
         settings, drawn = Training(**dataclasses.asdict(training)), Augmentation(**dataclasses.asdict(augmentation))
         _train(model, data, source, files, settings, drawn, hardware, {} if options is None else dataclasses.asdict(options))
@@ -116,7 +117,7 @@ def train_command(method: str | None) -> Callable[..., None]:
 
 def _without_options(train: Callable[..., None]) -> Callable[..., None]:
     def plain(model: Any, data: Any, source: Any, files: Any, training: Any, augmentation: Any, hardware: Any) -> None:
-        train(model, data, source, files, training, augmentation, hardware)
+        train(model, data, source, files, training, augmentation, hardware, None)
 
     plain.__doc__ = train.__doc__
     plain.__annotations__ = {name: kind for name, kind in train.__annotations__.items() if name != "options"}
@@ -268,10 +269,8 @@ def run(
 
 
 def _without_paths(arguments: list[str]) -> list[str]:
-    """Arguments as they would be given elsewhere: of absolute paths only the last part."""
-    return [
-        "npz:" + Path(text[4:]).name if text.startswith("npz:") else Path(text).name if text.startswith("/") else text for text in arguments
-    ]
+    """Arguments as they would be given elsewhere: of absolute paths only the last part, also in --out=/a/b and npz:/a/b."""
+    return [re.sub(r"^(--[\w-]+=|)(npz:|imagefolder:|)/.*/([^/]+)/?$", r"\1\2\3", text) for text in arguments]
 
 
 def compare(
@@ -296,12 +295,15 @@ def compare(
     """Convert one network with several methods, calibrated only, and show their accuracies in one table."""
     from quickspike.api import convert
     from quickspike.console import dump
+    from quickspike.errors import OptionError
     from quickspike.evaluation import evaluate, make_fabric
     from quickspike.files import check_writable, write_text
     from quickspike.method import all_methods, get
     from quickspike.models import load_model
     from quickspike.report import compare_table
 
+    if not steps:
+        raise OptionError("--steps needs at least one number")
     names = methods or tuple(all_methods())
     for name in names:
         get(name)

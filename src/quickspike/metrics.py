@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quickspike.errors import OptionError
-from quickspike.files import write_text
+from quickspike.errors import OptionError, QuickspikeError
+from quickspike.files import check_writable, write_text
 
 
 class Metrics:
@@ -23,6 +23,16 @@ class Metrics:
     def __init__(self, folder: Path | None, tensorboard: bool = False) -> None:
         self.folder = folder
         self._events = _event_writer(folder) if tensorboard and folder is not None else None
+
+    def begin(self, stage: str, rows: Sequence[dict[str, float]]) -> None:
+        """Start or continue a stage: its rows are these now, whatever an earlier training left."""
+        if self.folder is None:
+            return
+        path = self.folder / "metrics.csv"
+        found = _read(path)
+        kept = [row for row in found if row["stage"] != stage]
+        if rows or len(kept) < len(found):
+            write_text(path, _to_csv([*kept, *({"stage": stage, **row} for row in rows)]))
 
     def extend(self, stage: str, rows: Sequence[dict[str, float]]) -> None:
         """Add rows of a stage; rows of the same stage and epoch that are there already are replaced."""
@@ -43,12 +53,20 @@ class Metrics:
 def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8", newline="") as stream:
-        return [{key: value for key, value in row.items() if value != ""} for row in csv.DictReader(stream)]
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            reader = csv.DictReader(stream)
+            rows = [{key: value for key, value in row.items() if value != ""} for row in reader]
+        whole = {"stage", "epoch"} <= set(reader.fieldnames or ()) and all(row["stage"] and int(row["epoch"]) > 0 for row in rows)
+    except (KeyError, ValueError, TypeError, csv.Error):
+        whole = False
+    if not whole:
+        raise QuickspikeError(f"{path}: not a table that quickspike has written; move it away, or choose another folder")
+    return rows
 
 
 def _to_csv(rows: list[dict[str, Any]]) -> str:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    columns = list(dict.fromkeys(["stage", "epoch", *(name for row in rows for name in row)]))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -61,4 +79,5 @@ def _event_writer(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise OptionError("tensorboard is not installed; install it with: pip install 'quickspike[tensorboard]'") from None
+    check_writable(folder / "metrics.csv")
     return SummaryWriter(str(folder))

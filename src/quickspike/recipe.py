@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tomllib
+import torch
 from torch import nn
 
 from quickspike.api import finish, fit, train, tune
 from quickspike.augmentation import Augmentation
+from quickspike.batches import TrainingBatches
 from quickspike.conversion import SpikingNetwork
 from quickspike.data import DataSet, ImageStream, Statistics, load_data
-from quickspike.errors import QuickspikeError, UnknownNameError
+from quickspike.errors import OptionError, QuickspikeError, UnknownNameError
 from quickspike.evaluation import accuracy_of, evaluate
 from quickspike.files import check_writable, write_text
 from quickspike.graph import Traced, trace
@@ -88,6 +89,14 @@ class Recipe:
     text: str = ""
     """The file itself."""
 
+    def __post_init__(self) -> None:
+        for name, values, low in (("seeds", self.seeds, 0), ("steps", self.steps, 1), ("calibration", (self.calibration,), 1)):
+            if not values or any(type(value) is not int or value < low for value in values) or len(set(values)) < len(values):
+                raise OptionError(f"recipe: {name} must be whole numbers >= {low}, each once, got {list(values)!r}")
+        for name in ("title", "data", "model", "precision"):
+            if not isinstance(getattr(self, name), str):
+                raise OptionError(f"recipe: {name} must be a text, got {getattr(self, name)!r}")
+
 
 def read_recipe(path: str | Path) -> Recipe:
     """The recipe in a TOML file.
@@ -112,6 +121,7 @@ def read_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"{path}: {error}") from error
 
 
+CPU = torch.device("cpu")
 TABLES = ("title", "seeds", "data", "model", "method", "source", "train", "tune", "augmentation", "evaluate", "precision", "published")
 
 
@@ -120,8 +130,8 @@ def _recipe(tables: Mapping[str, Any], text: str) -> Recipe:
     data, method, measure = dict(tables["data"]), dict(tables["method"]), dict(tables.get("evaluate", {}))
     _only(data, ("name", "mean", "std", "calibration"), "key of [data]")
     _only(measure, ("steps", "synchronous"), "key of [evaluate]")
-    tuning = dict(tables.get("tune", {}))
-    learned = {name: tuning.pop(name) for name in options_of(Tuning) if name in tuning}
+    tuning = dict(tables["tune"]) if "tune" in tables else None
+    learned = {name: tuning.pop(name) for name in options_of(Tuning) if tuning and name in tuning}
     statistics = Statistics(tuple(data["mean"]), tuple(data["std"])) if "mean" in data else None
     return Recipe(
         title=tables["title"],
@@ -136,7 +146,7 @@ def _recipe(tables: Mapping[str, Any], text: str) -> Recipe:
         synchronous=measure.get("synchronous", False),
         source=_settings(Training, tables.get("source")),
         train=_settings(Training, tables.get("train")),
-        tune=_settings(Training, tuning or None),
+        tune=_settings(Training, tuning),
         tuning=_settings(Tuning, learned) or Tuning(),
         augmentation=_settings(Augmentation, tables.get("augmentation")) or Augmentation(),
         published=tuple(Published(**figure) for figure in tables.get("published", ())),
@@ -191,7 +201,7 @@ def plan(recipe: Recipe, data: DataSet) -> list[str]:
     ]
     for name, settings in (("source", recipe.source), ("train", recipe.train), ("tune", recipe.tune)):
         if settings is not None:
-            steps = (size - settings.validation) // settings.batch_size * settings.epochs
+            steps = len(TrainingBatches(data, settings.validation, settings.batch_size, recipe.augmentation, 0, CPU)) * settings.epochs
             lines.append(
                 f"{name}: {settings.epochs} epochs of {settings.optimiser}, {steps} steps, learning rate {settings.learning_rate:g}"
             )
@@ -250,6 +260,10 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return summary
 
 
+def _digest_of(described: Any) -> str:
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12]
+
+
 class _Seed:
     """One run of a recipe."""
 
@@ -262,6 +276,8 @@ class _Seed:
         done = self.folder / "run.json"
         if self.place.resume and done.is_file():
             found: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+            if found.get("recipe") != self._digest():
+                raise RecipeError(f"{done} was made by another recipe or with other images; remove it, or choose another folder")
             return found
         accuracy: dict[str, Any] = {}
         source = self._source()
@@ -269,7 +285,8 @@ class _Seed:
             accuracy["source"] = accuracy_of(source, self.data.loader("test"), self.fabric)
         ann, snn = self._converted(source)
         accuracy["ann"] = accuracy_of(ann.module, self.data.loader("test"), self.fabric)
-        snn.save(self.folder / "converted.safetensors")
+        if self.fabric.is_global_zero:
+            snn.save(self.folder / "converted.safetensors")
         report = self._measured(snn)
         accuracy["converted"] = report["accuracy"]
         if self.recipe.synchronous:
@@ -281,6 +298,7 @@ class _Seed:
             accuracy["tuned"] = report["accuracy"]
         run = {
             "seed": self.seed,
+            "recipe": self._digest(),
             "accuracy": accuracy,
             "latency": report["latency"],
             "rates": report["rates"],
@@ -290,6 +308,16 @@ class _Seed:
         if self.fabric.is_global_zero:
             write_text(done, json.dumps(run, indent=2, allow_nan=False) + "\n")
         return run
+
+    def _digest(self) -> str:
+        """What the results of a seed depend on."""
+        described = dataclasses.replace(self.recipe, seeds=(0,), title="", published=(), text="")
+        return _digest_of([repr(described), self._images()])
+
+    def _images(self) -> str:
+        """Where the images come from, without the place on this machine."""
+        kind, _, path = (self.place.data or self.recipe.data).partition(":")
+        return f"{kind}:{Path(path).name} {self.data.size('train')}"
 
     def _trainer(self, settings: Training, folder: Path) -> Trainer:
         return Trainer(
@@ -308,16 +336,16 @@ class _Seed:
         settings = self.recipe.source
         if settings is None:
             return load_model(self.recipe.model, seed=self.seed)
-        described = json.dumps(
+        digest = _digest_of(
             [
-                self.recipe.data,
+                self._images(),
                 str(self.recipe.statistics),
                 self.recipe.model,
+                self.recipe.precision,
                 dataclasses.asdict(settings),
                 dataclasses.asdict(self.recipe.augmentation),
             ]
         )
-        digest = hashlib.sha256(described.encode()).hexdigest()[:12]
         folder = self.place.out.parent / "sources" / digest / f"seed{self.seed}"
         weights = folder / "weights.safetensors"
         if not weights.is_file():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from quickspike.augmentation import Augmentation
 from quickspike.batches import Share, TrainingBatches
 from quickspike.data import DataSet
-from quickspike.errors import CheckpointError, OptionError, QuickspikeError
+from quickspike.errors import CheckpointError, DataError, OptionError, QuickspikeError
 from quickspike.files import whole_file
 from quickspike.metrics import Metrics
 from quickspike.options import option, validate
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """(network, images `[B, ...]`, targets `[B]` or `[B, K]`) to a scalar."""
 Row = dict[str, float]
+
+
+ADVICE = "lower the learning rate, clip the gradient (--clip 1), or train in 32-true precision"
 
 
 class TrainingError(QuickspikeError):
@@ -213,15 +216,16 @@ class Trainer:
     ) -> History:
         settings = dataclasses.replace(self.settings, **changes)
         batches = self._batches(settings)
-        run = _Stage(self, settings, batches, module, stage, loss or _loss_of(settings, batches.classes), groups, after_step, mode)
         with _own_randomness(self.fabric.device):
+            run = _Stage(self, settings, batches, module, stage, loss, groups, after_step, mode)
             return run.run()
 
     def accuracy(self, module: nn.Module) -> float | None:
         """See `Train.accuracy`."""
         if not self.settings.validation:
             return None
-        return _accuracy(self.fabric, module, self._batches(self.settings))
+        with _own_randomness(self.fabric.device):
+            return _accuracy(self.fabric, module, self._batches(self.settings))
 
     def _batches(self, settings: Training) -> TrainingBatches:
         share = Share(self.fabric.global_rank, self.fabric.world_size)
@@ -279,7 +283,7 @@ class _Stage:
         batches: TrainingBatches,
         module: nn.Module,
         stage: str,
-        loss: Loss,
+        loss: Loss | None,
         groups: Sequence[dict[str, Any]] | None,
         after_step: Callable[[], None] | None,
         mode: Callable[[nn.Module], object] | None,
@@ -290,8 +294,11 @@ class _Stage:
             batches,
             module,
             stage,
-            loss,
+            loss or _loss_of(settings, batches.classes),
         )
+        # What a loss of the caller's makes of images and targets is the caller's business.
+        self.plain_loss = loss is None
+        self.augmentation = trainer.augmentation
         self.watcher, self.resume = trainer.watcher, trainer.resume
         self.after_step, self.mode = after_step, mode or nn.Module.train
         self.file = None if trainer.folder is None else trainer.folder / f"{stage}.ckpt"
@@ -311,7 +318,9 @@ class _Stage:
     def run(self) -> History:
         if self.resume:
             self._restore()
-        self.metrics.extend(self.stage, self.rows)
+        if not self._finished():
+            self._check_fit()
+        self.metrics.begin(self.stage, self.rows)
         if not self._finished():
             self._save()
         self.watcher.begin(self.stage, self.settings.epochs * len(self.batches) * self.batches.batch_size)
@@ -327,6 +336,25 @@ class _Stage:
         self._take_final_weights()
         self.module.eval()
         return History(self.stage, tuple(self.rows))
+
+    def _check_fit(self) -> None:
+        """Raise DataError if the network cannot take the images, or has too few classes for the labels."""
+        if not self.plain_loss:
+            return
+        image = self.batches.example()
+        self.module.eval()
+        try:
+            with torch.no_grad(), self.fabric.autocast():
+                logits = self.module(image)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(f"stage {self.stage}: the network cannot take images {list(image.shape)}: {reason}") from error
+        if logits.ndim != 2 or logits.shape[1] < self.batches.classes:
+            raise DataError(
+                f"stage {self.stage}: images of {self.batches.classes} classes do not fit a network that gives {list(logits.shape)}"
+            )
 
     def _finished(self) -> bool:
         if len(self.rows) >= self.settings.epochs:
@@ -345,6 +373,10 @@ class _Stage:
             total, count = total + value * len(images), count + len(images)
             self.watcher.advance(len(images) * self.batches.share.processes)
         seconds = time.perf_counter() - started
+        self._agree()
+        for name, parameter in self.module.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise TrainingError(f"stage {self.stage}, epoch {epoch + 1}: the parameter {name} is no finite number any more; {ADVICE}")
         row: Row = {
             "epoch": epoch + 1,
             "loss": _shared_mean(self.fabric, total, count),
@@ -357,6 +389,15 @@ class _Stage:
         self.rows.append(row)
         self.metrics.extend(self.stage, [row])
         self.watcher.row(self.stage, row)
+
+    def _agree(self) -> None:
+        """Statistics of batch norm are those of each process's own images; from here on all have the mean of them."""
+        if self.fabric.world_size == 1:
+            return
+        for network in (self.module, self._final()):
+            for buffer in network.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(cast(Tensor, self.fabric.all_reduce(buffer.clone(), reduce_op="mean")))
 
     def _step(self, epoch: int, index: int, images: Tensor, targets: Tensor) -> float:
         progress = (epoch + index / len(self.batches)) / self.settings.epochs
@@ -403,7 +444,7 @@ class _Stage:
         if self.file is None:
             return
         state = {
-            "settings": dataclasses.asdict(self.settings),
+            "settings": self._described(),
             "rows": self.rows,
             "module": self.module.state_dict(),
             "optimiser": self.optimiser.state_dict() if self.settings.epochs else {},
@@ -415,6 +456,9 @@ class _Stage:
                 torch.save(state, temporary)
         self.fabric.barrier()
 
+    def _described(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.settings) | dataclasses.asdict(self.augmentation)
+
     def _restore(self) -> None:
         if self.file is None or not self.file.is_file():
             return
@@ -422,10 +466,10 @@ class _Stage:
             state = torch.load(self.file, map_location=self.fabric.device, weights_only=True)
         except Exception as error:
             raise CheckpointError(f"{self.file}: not a whole training checkpoint; remove it to start this stage anew") from error
-        asked = dataclasses.asdict(self.settings)
-        other = [
-            f"{key}={state['settings'].get(key)!r} (now {value!r})" for key, value in asked.items() if state["settings"].get(key) != value
-        ]
+        if not isinstance(state, dict) or set(state) != {"settings", "rows", "module", "optimiser", "average", "best"}:
+            raise CheckpointError(f"{self.file}: not a training checkpoint; remove it to start this stage anew")
+        asked, made = self._described(), dict(state["settings"])
+        other = [f"{key}={made.get(key)!r} (now {value!r})" for key, value in asked.items() if made.get(key) != value]
         if other:
             raise CheckpointError(f"{self.file} was made with {', '.join(other)}; resume with the same settings, or remove it")
         try:
@@ -435,7 +479,8 @@ class _Stage:
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
         except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{self.file} belongs to another network ({str(error).splitlines()[0]})") from error
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{self.file} belongs to another network ({reason}); remove it to start this stage anew") from error
         self.rows, self.best = list(state["rows"]), state["best"]
 
     def _where_to_go_on(self) -> str:
@@ -448,8 +493,7 @@ class _Stage:
     def _diagnosis(self, epoch: int, index: int, images: Tensor) -> str:
         with torch.no_grad(), self.fabric.autocast():
             where = first_not_finite(self.module, images)
-        advice = "lower the learning rate, clip the gradient (--clip 1), or train in 32-true precision"
-        return f"stage {self.stage}, epoch {epoch + 1}, step {index + 1}: the loss is no finite number; first seen at {where}; {advice}"
+        return f"stage {self.stage}, epoch {epoch + 1}, step {index + 1}: the loss is no finite number; first seen at {where}; {ADVICE}"
 
 
 def first_not_finite(module: nn.Module, images: Tensor) -> str:
@@ -480,6 +524,8 @@ def _choose(module: nn.Module, groups: Sequence[dict[str, Any]] | None, weight_d
     if groups is None:
         groups = parameter_groups(module, [])
     chosen = [{"weight_decay": weight_decay, "rate": 1.0, **group} for group in groups if group["params"]]
+    if not chosen:
+        raise OptionError("there is no parameter to train: nothing to learn is left in the groups")
     learning = {id(parameter) for group in chosen for parameter in group["params"]}
     for parameter in module.parameters():
         parameter.requires_grad_(id(parameter) in learning)

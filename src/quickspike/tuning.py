@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from quickspike.errors import OptionError
 from quickspike.options import option, validate
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Tuning:
 
 def end_to_end(snn: SpikingNetwork, train: Train, tuning: Tuning, stage: str = "tune") -> History:
     """One stage of training of weights, thresholds and leaks together (arXiv 2008.03658 and 2112.12133, fine-tuning)."""
+    if not (tuning.weights or tuning.thresholds or tuning.leaks):
+        raise OptionError("tuning: nothing to learn is left: weights, thresholds and leaks are all off")
     neurons = snn.neurons().values()
     own = {id(parameter) for neuron in neurons for parameter in neuron.parameters()}
     weights = [parameter for parameter in snn.parameters() if id(parameter) not in own] if tuning.weights else []
