@@ -12,10 +12,15 @@ from torch import Tensor, nn
 
 import oracles
 import quickspike as qs
-from quickspike.activations import ClippedReLU
-from quickspike.graph import Site, swap, trace
+from quickspike.activations import ClippedReLU, LearnedCeiling, clip
+from quickspike.api import finish, fit
+from quickspike.data import DataSet, ImageStream
+from quickspike.evaluation import make_fabric
+from quickspike.graph import Site, Traced, swap, trace
 from quickspike.methods.potential_init import PotentialInit
+from quickspike.networks import digits_cnn
 from quickspike.neuron import Neuron, NeuronParameters
+from quickspike.training import Trainer, Training
 
 F64 = torch.float64
 POINTS = 400_000
@@ -210,3 +215,123 @@ def peaks(network: nn.Module, images: Tensor) -> dict[str, np.ndarray]:
             module.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out.numpy()}))
     network(images)
     return seen
+
+
+# Trained ceilings
+
+
+@pytest.mark.parametrize("shape", [(), (3, 1, 1)])
+def test_only_clipped_elements_move_a_ceiling(shape: tuple[int, ...]) -> None:
+    generator = np.random.default_rng(0)
+    x, g = generator.normal(0.5, 1.5, (2, 4, 3, 2, 2))
+    mu, step = generator.uniform(0.7, 1.5, shape), 1e-6
+
+    def loss(ceiling: np.ndarray, values: np.ndarray) -> float:
+        return float((g * np.minimum(np.maximum(values, 0), ceiling)).sum())
+
+    ceiling, values = torch.tensor(mu, requires_grad=True), torch.tensor(x, requires_grad=True)
+    (torch.from_numpy(g) * clip(values, ceiling)).sum().backward()
+    assert ceiling.grad.shape == shape
+    for index in np.ndindex(shape):
+        shift = np.zeros(shape)
+        shift[index] = step
+        difference = (loss(mu + shift, x) - loss(mu - shift, x)) / (2 * step)
+        assert float(ceiling.grad[index]) == pytest.approx(difference, rel=1e-5)
+        own = np.broadcast_to(shift > 0, x.shape) & (x > mu)
+        assert float(ceiling.grad[index]) == pytest.approx(float(g[own].sum()), rel=1e-5)
+    assert np.allclose(values.grad.numpy(), g * ((x > 0) & (x < mu)))
+
+
+def test_a_ceiling_that_clips_nothing_gets_no_gradient() -> None:
+    ceiling = torch.tensor(3.0, dtype=F64, requires_grad=True)
+    clip(torch.linspace(-4, 2.9, 50, dtype=F64), ceiling).sum().backward()
+    assert float(ceiling.grad) == 0
+
+
+@pytest.mark.parametrize(("wanted", "moves"), [(-1.0, True), (1.0, False)])
+def test_a_ceiling_below_zero_acts_positive_and_can_climb_back(wanted: float, moves: bool) -> None:
+    """A step against the gradient has to lead up; one further down is not taken."""
+    layer = LearnedCeiling(SITE, "layer")
+    layer.started = True
+    with torch.no_grad():
+        layer.mu.fill_(-0.5)
+    assert 0 < float(layer.ceiling.detach()) < 1e-6
+    out = layer(torch.linspace(-1, 1, 20))
+    assert float(out.detach().min()) >= 0
+    (wanted * out.sum()).backward()
+    assert (float(layer.mu.grad) != 0) is moves
+    assert float(layer.mu.grad) == pytest.approx(-10.0 * moves)
+
+
+def fitted(digits: DataSet, images: Tensor, method: PotentialInit, trained: bool = True, **settings: float) -> Traced:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = digits_cnn(width=4)
+    chosen = Training(**{"epochs": 1, "batch_size": 64, "learning_rate": 0.01, **settings})
+    trainer = Trainer(fabric=make_fabric("cpu"), data=digits, settings=chosen)
+    return fit(network, ImageStream(images), method, trainer if trained else None)
+
+
+def ceilings_of(ann: Traced) -> list[Tensor]:
+    return [ann.at(site).mu.detach().clone() for site in ann.sites]
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_ceilings_are_trained_and_become_thresholds(granularity: str, digits: DataSet, digits_calibration: Tensor) -> None:
+    images, method = digits_calibration[:100], PotentialInit(steps=4, granularity=granularity)
+    ann = fitted(digits, images, method)
+    start = ceilings_of(fitted(digits, images, method, epochs=0))
+    snn = finish(ann, ImageStream(images), method)
+    for site, mu, before in zip(ann.sites, ceilings_of(ann), start, strict=True):
+        assert mu.shape == (() if granularity == "layer" else (site.channels, 1, 1)[: len(site.shape)])
+        assert not torch.equal(mu, before)
+        # A channel that was all but silent may have been pushed below 0.
+        assert float(mu.max()) > 0.01
+        mu = mu.clamp_min(1e-8)
+        assert torch.equal(snn.neuron(site.name).threshold.detach(), mu)
+        assert float(snn.neuron(site.name).initial) == 0.5
+        assert float(snn.neuron(site.name).amplitude) == 1
+        # The source that the spiking network approximates clips there.
+        with torch.no_grad():
+            assert torch.equal(ann.at(site)(torch.full((1, *site.shape), 1e9)), mu.expand(1, *site.shape))
+    quiet = torch.cat([images for images, _ in digits.loader("test", limit=40)])
+    with torch.no_grad():
+        wanted, given = ann.module(quiet), snn.with_steps(512)(quiet)
+    assert float((given - wanted).abs().mean()) < 0.05 * float(wanted.abs().mean())
+
+
+def test_without_training_the_calibrated_ceilings_stay(digits: DataSet, digits_calibration: Tensor) -> None:
+    images, percentile = digits_calibration[:100], {"ceiling": "percentile", "percentile": 99.0}
+    untrained = fitted(digits, images, PotentialInit(start=4.0, **percentile), trained=False)
+    for site, mu in zip(untrained.sites, ceilings_of(untrained), strict=True):
+        seen = untrained.at(site).probe.histogram
+        assert torch.equal(mu, seen.percentile(99.0).float().reshape(()))
+    # Training starts there too, or where it is told to; no epoch moves nothing.
+    here = ceilings_of(fitted(digits, images, PotentialInit(**percentile), epochs=0))
+    assert [float(mu) for mu in here] == pytest.approx([float(mu) for mu in ceilings_of(untrained)], rel=1e-3)
+    told = ceilings_of(fitted(digits, images, PotentialInit(start=4.0, **percentile), epochs=0))
+    assert [float(mu) for mu in told] == [4.0] * len(untrained.sites)
+
+
+def test_weight_decay_of_the_ceilings(digits: DataSet, digits_calibration: Tensor) -> None:
+    """At 50 nothing is clipped, so that decay alone moves a ceiling: by 1 - rate * decay at every step of plain descent."""
+    settings = {"momentum": 0.0, "schedule": "constant", "weight_decay": 0.25}
+    steps = digits.size("train") // 64
+    for decay in (0.0, 0.5):
+        ann = fitted(digits, digits_calibration[:50], PotentialInit(start=50.0, ceiling_decay=decay), **settings)
+        expected = 50 * (1 - 0.01 * decay) ** steps
+        assert [float(mu) for mu in ceilings_of(ann)] == pytest.approx([expected] * len(ann.sites), rel=1e-4)
+
+
+def test_thresholds_stay_positive_when_training_pushes_ceilings_below_zero(digits: DataSet, digits_calibration: Tensor) -> None:
+    # Momentum carries a ceiling that decays this fast past 0.
+    images, method = digits_calibration[:50], PotentialInit(start=1.0, ceiling_decay=1.0)
+    ann = fitted(digits, images, method, learning_rate=0.9, weight_decay=0.0, clip=1e-3, momentum=0.5, schedule="constant")
+    stored = ceilings_of(ann)
+    assert min(float(mu) for mu in stored) < 0
+    snn = finish(ann, ImageStream(images), method)
+    for site in ann.sites:
+        assert float(snn.neuron(site.name).threshold) > 0
+    with torch.no_grad():
+        assert torch.isfinite(snn(images)).all()
+        assert torch.isfinite(ann.module(images)).all()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quickspike.errors import ConversionError, DataError
 from quickspike.graph import Site
-from quickspike.neuron import keep_positive
+from quickspike.neuron import keep_positive, reduced
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class _Clip(torch.autograd.Function):
         x, ceiling = ctx.saved_tensors
         (gradient,) = gradients
         above = x > ceiling
-        to_ceiling = (gradient * above).float().sum_to_size(ceiling.shape).to(ceiling) if ctx.needs_input_grad[1] else None
+        to_ceiling = reduced(gradient * above, ceiling) if ctx.needs_input_grad[1] else None
         return gradient * ((x > 0) & ~above), to_ceiling
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from typing import Any
 
@@ -15,7 +16,7 @@ from quickspike.graph import Traced, fold, trace
 from quickspike.method import Method, create
 from quickspike.neuron import Surrogate
 from quickspike.provenance import versions
-from quickspike.training import History, Trainer
+from quickspike.training import History, Train, Trainer
 from quickspike.tuning import Tuning
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def fit(model: nn.Module, images: ImageStream, method: Method, trainer: Trainer 
     ann = prepare(traced, method)
     if trainer is not None:
         trainer.fabric.to_device(ann.module)
-    method.fit(ann, images, trainer)
+    method.fit(ann, images, None if trainer is None else _about(trainer, method))
     return ann if ann.folded else fold(ann)
 
 
@@ -109,8 +110,17 @@ def tune(snn: SpikingNetwork, trainer: Trainer, tuning: Tuning | None = None) ->
     """
     tuned = copy.deepcopy(snn)
     trainer.fabric.to_device(tuned)
-    Method.from_json(snn.method).tune(tuned, trainer, tuning or Tuning())
+    method = Method.from_json(snn.method)
+    method.tune(tuned, _about(trainer, method, tuning or Tuning()), tuning or Tuning())
     return tuned.eval()
+
+
+def _about(train: Train, *settings: Method | Tuning) -> Train:
+    """The same training, whose checkpoints remember these settings too."""
+    if not isinstance(train, Trainer):
+        return train
+    about = {f"{one.name}.{key}": value for one in settings for key, value in dataclasses.asdict(one).items()}
+    return dataclasses.replace(train, about=about)
 
 
 def _method(method: str | Method, options: dict[str, Any]) -> Method:

@@ -181,7 +181,7 @@ def evaluate(
     ] = None,
     reference: Annotated[str | None, Help(metavar="MODEL", help="the source network, to compare with")] = None,
     weights: Weights = None,
-    images: Annotated[int | None, Help(metavar="N", help="first N test images [unit: images; default: all]")] = None,
+    images: Annotated[int | None, Help(metavar="N", help="first N test images [unit: images; range: >= 1; default: all]")] = None,
     out: Annotated[Path | None, Help(metavar="FILE", help="also write the report as JSON")] = None,
     plot: Annotated[Path | None, Help(metavar="FILE", help="also draw accuracy against T, PNG")] = None,
     device: Device = "auto",

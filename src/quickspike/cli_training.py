@@ -34,13 +34,15 @@ class Hardware:
     devices: Annotated[int, Help(metavar="N", help="processes on this machine, one device each [unit: devices; range: >= 1]")] = 1
     nodes: Annotated[int, Help(metavar="N", help="machines; start the same command on each with torchrun [range: >= 1]")] = 1
     strategy: Annotated[str, Help(metavar="NAME", help="Lightning Fabric's name: auto, ddp, fsdp, ...")] = "auto"
-    precision: Annotated[str, Help(metavar="NAME", help="Lightning Fabric's name: 32-true, bf16-mixed, ...")] = "32-true"
+    precision: Annotated[
+        str | None, Help(metavar="NAME", help="Lightning Fabric's name: 32-true, bf16-mixed, ... [default: the recipe's, else 32-true]")
+    ] = None
 
-    def launch(self) -> Fabric:
+    def launch(self, recipe_precision: str = "32-true") -> Fabric:
         """The processes, started."""
         from quickspike.evaluation import make_fabric
 
-        fabric = make_fabric(self.device, self.precision, self.devices, self.nodes, self.strategy)
+        fabric = make_fabric(self.device, self.precision or recipe_precision, self.devices, self.nodes, self.strategy)
         fabric.launch()
         return fabric
 
@@ -56,9 +58,12 @@ class TrainingFiles:
 
 
 def _trainer(data: DataSet, settings: Training, augmentation: Augmentation, hardware: Hardware, files: TrainingFiles) -> Trainer:
-    from quickspike.training import Trainer
+    from quickspike.training import Trainer, start_anew
 
     fabric = hardware.launch()
+    if not files.resume and fabric.is_global_zero:
+        start_anew(files.out)
+    fabric.barrier()
     return Trainer(
         fabric=fabric,
         data=data,
@@ -247,9 +252,9 @@ def run(
         lines = plan(chosen, load_recipe_data(chosen, place.data, place.data_dir, place.download))
         print_json(lines) if json else show("\n".join(lines))
         return
-    if hardware.precision == Hardware.precision:
-        hardware = dataclasses.replace(hardware, precision=chosen.precision)
-    fabric = hardware.launch()
+    if hardware.precision is not None:
+        chosen = dataclasses.replace(chosen, precision=hardware.precision)
+    fabric = hardware.launch(chosen.precision)
     result = run_recipe(
         chosen,
         Place(
@@ -270,7 +275,7 @@ def run(
 
 def _without_paths(arguments: list[str]) -> list[str]:
     """Arguments as they would be given elsewhere: of absolute paths only the last part, also in --out=/a/b and npz:/a/b."""
-    return [re.sub(r"^(--[\w-]+=|)(npz:|imagefolder:|)/.*/([^/]+)/?$", r"\1\2\3", text) for text in arguments]
+    return [re.sub(r"^(--[\w-]+=|)(npz:|imagefolder:|)/(?:.*/)?([^/]+)/?$", r"\1\2\3", text) for text in arguments]
 
 
 def compare(
@@ -287,7 +292,7 @@ def compare(
     calibration_images: Annotated[
         int, Help(metavar="N", help="first N training images, without labels [unit: images; range: >= 1]")
     ] = 1000,
-    images: Annotated[int | None, Help(metavar="N", help="first N test images [unit: images; default: all]")] = None,
+    images: Annotated[int | None, Help(metavar="N", help="first N test images [unit: images; range: >= 1; default: all]")] = None,
     out: Annotated[Path | None, Help(metavar="FILE", help="also write the figures as JSON")] = None,
     device: Annotated[str, Help(metavar="NAME", help="auto, cpu, cuda, mps, ...")] = "auto",
     json: Json = False,

@@ -161,8 +161,9 @@ def readout(outputs: Tensor) -> Tensor:
 
 
 def prepare(traced: Traced, method: Method) -> Traced:
-    """A copy of `traced` with the method's activation at every site."""
-    return swap(traced, lambda site, _: method.activation(site))
+    """A copy of `traced` with the method's activation at every site, in the precision and on the device of the network."""
+    like = next((tensor for tensor in traced.module.parameters() if tensor.is_floating_point()), torch.empty(0))
+    return swap(traced, lambda site, _: method.activation(site).to(like))
 
 
 def to_spiking(ann: Traced, method: Method, provenance: Mapping[str, Any], surrogate: Surrogate | None = None) -> SpikingNetwork:

@@ -119,13 +119,13 @@ class _Scan(torch.autograd.Function):
             e = (gt if rule.surrogate.unscaled else gt * amplitude) * rule.surrogate.derivative(m / theta - 1) / theta
             dm = dv + e
             if need_theta:
-                to_theta -= _reduced(torch.addcmul(e * m / theta, s, dv), theta)
+                to_theta -= reduced(torch.addcmul(e * m / theta, s, dv), theta)
             if need_amplitude:
-                to_amplitude += _reduced(gt if rule.surrogate.unscaled else gt * s, amplitude)
+                to_amplitude += reduced(gt if rule.surrogate.unscaled else gt * s, amplitude)
             if need_leak:
                 earlier = potentials[t - 1]
                 v = before if t == 0 else torch.addcmul(earlier, theta, rule.fire(earlier, theta).to(dv.dtype), value=-1)
-                to_leak += _reduced(dm * v, leak)
+                to_leak += reduced(dm * v, leak)
             parts.append(dm)
             dv = leak * dm
         to_current = None
@@ -133,7 +133,7 @@ class _Scan(torch.autograd.Function):
             to_current = (torch.stack(parts).sum(0) if rule.constant else torch.cat(parts[::-1])).to(current.dtype)
         return (
             to_current,
-            _reduced(dv, before) if need_v else None,
+            reduced(dv, before) if need_v else None,
             to_theta if need_theta else None,
             to_leak if need_leak else None,
             to_amplitude if need_amplitude else None,
@@ -158,8 +158,8 @@ def _format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _reduced(gradient: Tensor, like: Tensor) -> Tensor:
-    """Summed to the shape of the parameter that was broadcast."""
+def reduced(gradient: Tensor, like: Tensor) -> Tensor:
+    """A gradient summed, in at least single precision, to the shape of the parameter that was broadcast."""
     return gradient.float().sum_to_size(like.shape).to(like.dtype) if like.dtype != torch.float64 else gradient.sum_to_size(like.shape)
 
 
@@ -325,9 +325,10 @@ class Neuron(Timed):
 
     def extra_repr(self) -> str:
         count = self.threshold.numel()
-        theta = f"{float(self.threshold.mean()):.4g}" + (f" (mean of {count})" if count > 1 else "")
+        theta, initial, leak = (float(value.detach().mean()) for value in (self.threshold, self.initial, self.leak))
+        several = f" (mean of {count})" if count > 1 else ""
         kind = ", averaged" if self.averaged else ""
-        return f"theta={theta}, v0={float(self.initial.mean()):g} theta, leak={float(self.leak.mean()):g}, steps={self.steps}{kind}"
+        return f"theta={theta:.4g}{several}, v0={initial:g} theta, leak={leak:g}, steps={self.steps}{kind}"
 
 
 def integrate(

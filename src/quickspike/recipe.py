@@ -29,7 +29,7 @@ from quickspike.method import Method, create
 from quickspike.models import load_model, save_weights
 from quickspike.options import options_of
 from quickspike.provenance import commit, machine, versions
-from quickspike.training import Silent, Trainer, Training, Watcher
+from quickspike.training import Silent, Trainer, Training, Watcher, start_anew
 from quickspike.tuning import Tuning
 
 if sys.version_info >= (3, 11):
@@ -279,6 +279,9 @@ class _Seed:
             if found.get("recipe") != self._digest():
                 raise RecipeError(f"{done} was made by another recipe or with other images; remove it, or choose another folder")
             return found
+        if not self.place.resume and self.fabric.is_global_zero:
+            start_anew(self.folder)
+        self.fabric.barrier()
         accuracy: dict[str, Any] = {}
         source = self._source()
         if self.recipe.source is not None:

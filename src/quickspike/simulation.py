@@ -105,13 +105,13 @@ def outputs_in_chunks(snn: SpikingNetwork, images: Tensor, chunk: int) -> Tensor
     only the membrane potentials between chunks are kept. Numbers and gradients are those of `snn.outputs`.
     """
 
-    def run(states: Mapping[str, Any], steps: int) -> tuple[Tensor, dict[str, Any]]:
+    def run(images: Tensor, states: Mapping[str, Any], steps: int) -> tuple[Tensor, dict[str, Any]]:
         part = _Part(snn, states, steps)
         return unfold(part.run(images), steps), part.states
 
     outputs, states = [], dict[str, Any]()
     for start in range(0, snn.steps, chunk):
         steps = min(chunk, snn.steps - start)
-        out, states = checkpoint(run, states, steps, use_reentrant=False)
+        out, states = checkpoint(run, images, states, steps, use_reentrant=False)
         outputs.append(out)
     return torch.cat(outputs)

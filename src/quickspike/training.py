@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
@@ -85,6 +85,12 @@ class Training:
         shares(self.milestones)
         if (self.patience or self.keep == "best") and not self.validation:
             raise OptionError("training: patience and keep=best need validation images, got validation=0")
+
+
+def start_anew(folder: Path) -> None:
+    """Remove what an earlier training left in `folder` that a later `--resume` would go on from."""
+    for path in [*folder.glob("*.ckpt"), *folder.glob("run.json")]:
+        path.unlink()
 
 
 def shares(text: str) -> tuple[float, ...]:
@@ -202,6 +208,8 @@ class Trainer:
     resume: bool = False
     watcher: Watcher = field(default_factory=Silent)
     tensorboard: bool = False
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What else a checkpoint has to agree with: options of the method, and what of a spiking network is tuned."""
 
     def __call__(
         self,
@@ -232,10 +240,6 @@ class Trainer:
         return TrainingBatches(
             self.data, settings.validation, settings.batch_size, self.augmentation, settings.seed, self.fabric.device, share
         )
-
-    def tune_for(self, settings: Training) -> Trainer:
-        """The same surroundings with other settings."""
-        return dataclasses.replace(self, settings=settings)
 
 
 def _accuracy(fabric: Fabric, network: nn.Module, batches: TrainingBatches) -> float:
@@ -298,7 +302,7 @@ class _Stage:
         )
         # What a loss of the caller's makes of images and targets is the caller's business.
         self.plain_loss = loss is None
-        self.augmentation = trainer.augmentation
+        self.augmentation, self.about = trainer.augmentation, trainer.about
         self.watcher, self.resume = trainer.watcher, trainer.resume
         self.after_step, self.mode = after_step, mode or nn.Module.train
         self.file = None if trainer.folder is None else trainer.folder / f"{stage}.ckpt"
@@ -457,7 +461,7 @@ class _Stage:
         self.fabric.barrier()
 
     def _described(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.settings) | dataclasses.asdict(self.augmentation)
+        return dataclasses.asdict(self.settings) | dataclasses.asdict(self.augmentation) | dict(self.about)
 
     def _restore(self) -> None:
         if self.file is None or not self.file.is_file():

@@ -16,7 +16,7 @@ from quickspike.activations import Granularity, LearnedCeiling, ceiling_at
 from quickspike.data import ImageStream
 from quickspike.graph import Site, Traced
 from quickspike.method import Method, Paper, register
-from quickspike.neuron import NeuronParameters
+from quickspike.neuron import NeuronParameters, reduced
 from quickspike.options import option
 from quickspike.training import Train, parameter_groups
 
@@ -103,7 +103,7 @@ class _Quantise(torch.autograd.Function):
         to_mu = None
         if ctx.needs_input_grad[1]:
             slope = _level(z, mu, ctx.levels) - inside * (z / mu)
-            to_mu = (gradients[0] * slope).float().sum_to_size(mu.shape).to(mu)
+            to_mu = reduced(gradients[0] * slope, mu)
         return gradients[0] * inside, to_mu, None, None
 
 
@@ -116,7 +116,7 @@ def _inside(z: Tensor, mu: Tensor, levels: int, support: Support) -> Tensor:
     if support == "inside":
         return (z >= 0) & (z <= mu)
     if support == "clamp_after":
-        return (z >= -half) & (z <= mu + half)
+        return (z >= -half) & (z < mu + half)
     return (z > -half) & (z < mu - half)
 
 

@@ -191,6 +191,9 @@ def rate_inference_loss(layers: list[RateNormLayer], reference: nn.Module, weigh
             wanted = reference(images).float()
         positive = logits.relu()
         omegas = [layer.omega for layer in layers if layer.omega is not None]
+        for layer in layers:
+            # Kept longer, it would keep the whole graph of this batch in memory.
+            layer.omega = None
         omegas.append(omega(positive / positive.max().clamp_min(SMALLEST)))
         return 1 - F.cosine_similarity(wanted, logits, dim=1).mean() + weight * torch.stack(omegas).mean()
 

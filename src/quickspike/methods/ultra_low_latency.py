@@ -129,13 +129,13 @@ def percentiles_at(site: Site, activation: nn.Module) -> PercentileCeiling:
 
 
 def staircase(percentiles: Tensor, theta: Tensor, steps: int, initial: float = 0.0) -> Tensor:
-    """theta/T * n: what neurons with beta = 1 give, `[..., Q]`; n = clip(ceil(T p/theta + initial) - 1, 0, T).
+    """theta/T * n, `[..., Q]`: what neurons with beta = 1 give; n = clip(ceil(T p/theta + initial) - 1, 0, T).
 
     The half-open cells are those of a neuron that fires strictly above theta. A candidate theta is a percentile itself,
-    so that p = theta does occur, and a floor would count one spike too many there.
+    so p = theta does occur: compared with the edges themselves, since T p/theta may round to either side of T.
     """
-    counts = (torch.ceil(percentiles.clamp_min(0) * steps / theta + initial) - 1).clamp(0, steps)
-    return counts * theta / steps
+    edges = theta.unsqueeze(-1) * ((torch.arange(1, steps + 1, dtype=percentiles.dtype) - initial) / steps)
+    return (percentiles.clamp_min(0).unsqueeze(-1) > edges).sum(-1) * (theta / steps)
 
 
 def losses(percentiles: Tensor, mu: float, theta: Tensor, steps: int, criterion: Criterion, initial: float = 0.0) -> Tensor:
