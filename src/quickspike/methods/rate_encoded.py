@@ -65,8 +65,8 @@ class RateEncoded(Method):
     )
     unit: Literal["calibrated", "one"] = option("calibrated", "the unit of a layer: a percentile of its activations, or 1 as in the paper")
     percentile: float = option(99.7, "share of activations below the unit (unit=calibrated)", unit="%", low=0, high=100, low_open=True)
-    initial: float = option(0.0, "initial potential; 0.5 makes the floor a rounding", unit="theta", low=0, high=1)
-    guard: float = option(1e-3, "added to every count before the floor, against rounding errors", unit="spikes", low=0, high=0.5)
+    initial: float = option(0.0, "initial potential; 0.5 makes the floor a rounding", unit="theta", low=0, high=0.5)
+    guard: float = option(1e-3, "added to every count before the floor, against rounding errors", unit="spikes", low=0, high=0.4)
     epsilon: float = option(0.0, "what the published code takes off every threshold, in units of the layer", low=0, high=0.1)
     clamp_epochs: int = option(
         0, "epochs with the range but without the levels, before those with both", unit="epochs", low=0, high=100_000
@@ -153,7 +153,7 @@ class LevelReLU(nn.Module):
 
     def __init__(self, site: Site, method: RateEncoded) -> None:
         super().__init__()
-        self.encodes_input = site.encodes_input
+        self.encodes_input, self.ceiling = site.encodes_input, site.ceiling
         self.probe = CeilingProbe(site, "layer")
         self.steps, self.shift, self.per_unit = method.steps, method.initial + method.guard, method.levels_per_unit
         self.quantised, self.started = True, False
@@ -172,6 +172,9 @@ class LevelReLU(nn.Module):
         """End watching and take the unit from what was seen."""
         if method.unit == "calibrated" and not self.encodes_input:
             self.unit.copy_(self.probe.finish(self.probe.histogram.percentile(method.percentile)))
+        if self.ceiling is not None:
+            # A bounded source activation (ReLU6) bounds the range too.
+            self.unit.clamp_(max=self.ceiling / method.range)
         self.started = True
 
     def forward(self, x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class RateNorm(Method):
     Stage 1 trains weights with p fixed. Stage 2 freezes everything but s, one for all layers, and minimises
     1 - cos(frozen network's logits, logits) + weight * mean of Omega, Omega = |r|_1/|r|_2^2, which bounds how far the
     rates of a spiking network are from r after t steps: K(t) = |r(t) - r|^2/|r|^2 < Omega/t (v(0) = 0; the paper
-    has 2 Omega/t). The largest p whose accuracy stays within the tolerance is kept. Neurons get theta as it is.
+    has 2 Omega/t). The last p whose accuracy stays within the tolerance is kept. Neurons get theta as it is.
 
     Differs from the paper: layers pass on theta * r unless `unit_spikes` is set, which is the same network up to a factor
     per layer and lets a network trained with ReLU keep its function; the running maximum starts from calibration images
