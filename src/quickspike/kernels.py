@@ -68,6 +68,12 @@ def _flat(parameter: Tensor) -> np.ndarray[Any, Any]:
     return array
 
 
+def _firing_level(theta: Tensor, strict: bool) -> np.ndarray[Any, Any]:
+    """The least potential that fires: theta, or the next number above it where firing is strict."""
+    level = _flat(theta)
+    return np.nextafter(level, np.float32(np.inf)) if strict else level
+
+
 def _share_out(loop: Callable[..., None], number: int, *arguments: Any) -> None:
     """Run a compiled loop over all blocks of `number` neurons, on as many threads as torch uses (it releases the GIL)."""
     blocks = -(-number // _loops().BLOCK)
@@ -114,12 +120,12 @@ class _Fused(torch.autograd.Function):
             _bits(out, rule.steps),
             _flat(v),
             _flat(theta),
+            _firing_level(theta, rule.strict),
             _flat(leak),
             heights,
             inner,
             rule.steps,
             rule.constant,
-            rule.strict,
             half,
         )
         ctx.save_for_backward(current, v, theta, leak, amplitude)
@@ -145,16 +151,16 @@ class _Fused(torch.autograd.Function):
             _bits(dx, 1 if rule.constant else rule.steps),
             _flat(v),
             _flat(theta),
+            _firing_level(theta, rule.strict),
             _flat(leak),
             _flat(amplitude),
             sums,
             ctx.inner,
             rule.steps,
             rule.constant,
-            rule.strict,
             half,
             SHAPES[surrogate.shape],
-            np.float32(surrogate.width),
+            np.float32(1 / surrogate.width),
             np.float32(surrogate.scale),
             surrogate.unscaled,
         )
