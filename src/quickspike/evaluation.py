@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
@@ -104,13 +105,15 @@ def evaluate(
         device: see `make_fabric`.
         precision: see `make_fabric`.
         fabric: launched processes that share the batches between them, each sample in exactly one; instead of `device`
-            and `precision`. Every process gets the report of all.
+            and `precision`, in single precision. Every process gets the report of all.
 
     Raises:
         DataError: no labels, labels out of range, no images, or images that do not fit.
         OptionError: a number of steps below 1.
     """
     chosen = _steps(steps, snn.steps)
+    # Processes that are given may train in mixed precision; figures are those of the weights as they are.
+    lower = contextlib.nullcontext() if fabric is not None else None
     fabric = fabric or make_fabric(device, precision)
     runs = [(step,) for step in chosen] if snn.synchronous else [chosen]
     networks = [(snn.with_steps(steps[-1]), steps) for steps in runs]
@@ -119,7 +122,7 @@ def evaluate(
     source = None if reference is None else fabric.to_device(copy_of(reference))
     tally = _Tally(networks, source)
     started = time.perf_counter()
-    with torch.inference_mode(), fabric.autocast():
+    with torch.inference_mode(), lower or fabric.autocast():
         for number, (images, labels) in enumerate(labelled_batches(data), 1):
             _check_labels(images, labels, number)
             if number % fabric.world_size != fabric.global_rank:
@@ -131,7 +134,7 @@ def evaluate(
     settings = {
         "device": str(fabric.device),
         "processes": fabric.world_size,
-        "precision": precision,
+        "precision": "32-true" if lower else precision,
         "versions": versions(),
         "machine": machine(),
     }
@@ -152,7 +155,7 @@ def accuracy_of(network: nn.Module, data: Batches, fabric: Fabric) -> float:
     """
     network = fabric.to_device(copy_of(network))
     right, count = 0, 0
-    with torch.inference_mode(), fabric.autocast():
+    with torch.inference_mode():
         for number, (images, labels) in enumerate(labelled_batches(data), 1):
             _check_labels(images, labels, number)
             if number % fabric.world_size == fabric.global_rank:
