@@ -225,7 +225,8 @@ def test_every_number_of_steps_is_simulated_on_its_own(
     labels = own[3]
     report = qs.evaluate(snn, [(images[:25], labels[:25]), (images[25:], labels[25:])], steps=asked, device="cpu")
     assert report.steps == asked
-    assert report.latency == {steps: 2 * steps for steps in asked}
+    # At T = 1 an averaged neuron does what a streaming one does.
+    assert report.latency == {steps: 1 if steps == 1 else 2 * steps for steps in asked}
     assert report.accuracy == pytest.approx({steps: 100 * float((own[steps] == labels).double().mean()) for steps in asked})
     assert report.accuracy[3] == 100
     assert len(labels.unique()) > 1

@@ -100,7 +100,12 @@ class SpikingNetwork(nn.Module):
 
     @property
     def latency(self) -> int:
-        """Steps until the last output is there: T, and T more for every averaged neuron on the longest way through."""
+        """Steps until the last output is there: T, and T more for every averaged neuron on the longest way through.
+
+        A window of one step is over at once: at T = 1 averaged neurons are streaming ones.
+        """
+        if self.steps == 1:
+            return 1
         waits: dict[fx.Node, int] = {}
         for node in self.network.graph.nodes:
             layer = self.network.get_submodule(str(node.target)) if node.op == "call_module" else None
