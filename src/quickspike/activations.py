@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -200,7 +200,7 @@ class _Clip(torch.autograd.Function):
 
 def clip(x: Tensor, ceiling: Tensor) -> Tensor:
     """min(relu(x), ceiling) with gradients to both; `ceiling` is a scalar or broadcasts over `x`."""
-    return _Clip.apply(x, ceiling)  # type: ignore[no-any-return]
+    return cast(Tensor, _Clip.apply(x, ceiling))
 
 
 class LearnedCeiling(nn.Module):

@@ -13,11 +13,13 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from quickspike.errors import ConversionError
 
 MOST_STEPS = 64
 SHAPES = {"triangular": 0, "boxcar": 1}
@@ -57,7 +59,8 @@ def _dense(x: Tensor) -> tuple[Tensor, int] | None:
 def _bits(x: Tensor, rows: int) -> np.ndarray[Any, Any]:
     """`[rows, N]` as unsigned integers that share the memory of `x`."""
     dense = _dense(x)
-    assert dense is not None  # noqa: S101 - `applies` has seen to it
+    if dense is None:
+        raise ConversionError(f"a tensor of shape {list(x.shape)} and strides {list(x.stride())} has gaps in memory")
     kind, unsigned = (torch.int16, np.uint16) if x.dtype == torch.bfloat16 else (torch.int32, np.uint32)
     array: np.ndarray[Any, Any] = dense[0].detach().reshape(rows, -1).view(kind).numpy().view(unsigned)
     return array
@@ -182,4 +185,4 @@ def _like(x: Tensor, other: Tensor) -> Tensor:
 
 def fused(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Tensor, rule: Any) -> Tensor:
     """Outputs `[T*B, ...]`; arguments as of `neuron.integrate`, such that `applies` is true."""
-    return _Fused.apply(current, v, theta, leak, amplitude, rule)  # type: ignore[no-any-return]
+    return cast(Tensor, _Fused.apply(current, v, theta, leak, amplitude, rule))

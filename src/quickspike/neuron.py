@@ -357,7 +357,7 @@ def integrate(
         surrogate: derivative of the step function for autograd; triangular by default.
     """
     rule = _Rule(steps, constant, strict, surrogate or Surrogate())
-    return _Scan.apply(current, v, theta, leak, amplitude, rule)  # type: ignore[no-any-return]
+    return cast(tuple[Tensor, Tensor], _Scan.apply(current, v, theta, leak, amplitude, rule))
 
 
 class Repeat(Timed):

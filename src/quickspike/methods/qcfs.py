@@ -7,7 +7,7 @@ Spiking Neural Networks", ICLR 2022, arXiv 2303.04347.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -122,4 +122,4 @@ def _inside(z: Tensor, mu: Tensor, levels: int, support: Support) -> Tensor:
 
 def quantise(z: Tensor, mu: Tensor, levels: int, support: Support = "inside") -> Tensor:
     """Mu * clip(floor(z L/mu + 1/2)/L, 0, 1) with the straight-through gradient; same shape as `z`."""
-    return _Quantise.apply(z, mu, levels, support)  # type: ignore[no-any-return]
+    return cast(Tensor, _Quantise.apply(z, mu, levels, support))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -139,7 +139,7 @@ class EncodedInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         expanded = torch.cat([x] * self.copies, 1) if self.copies > 1 else x
-        return self.model(self.encoder(expanded))  # type: ignore[no-any-return]
+        return cast(Tensor, self.model(self.encoder(expanded)))
 
 
 class LevelReLU(nn.Module):
@@ -225,7 +225,7 @@ class _Quantise(torch.autograd.Function):
 
 def quantise(x: Tensor, unit: Tensor, levels: Tensor, per_unit: float, steps: int, shift: float = 0.0) -> Tensor:
     """Unit * clip(floor(levels x/unit + shift), 0, steps)/per_unit; straight-through: hardtanh(gradient) inside [0, C]."""
-    return _Quantise.apply(x, unit, levels, per_unit, steps, shift)  # type: ignore[no-any-return]
+    return cast(Tensor, _Quantise.apply(x, unit, levels, per_unit, steps, shift))
 
 
 @torch.no_grad()
