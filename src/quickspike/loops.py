@@ -10,7 +10,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-BLOCK = 2048
+BLOCK = 512
 """Neurons that a loop works on at a time: their potentials of some steps fit the first-level cache."""
 
 
