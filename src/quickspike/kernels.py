@@ -77,14 +77,18 @@ def _firing_level(theta: Tensor, strict: bool) -> np.ndarray[Any, Any]:
     return np.nextafter(level, np.float32(np.inf)) if strict else level
 
 
-def _share_out(loop: Callable[..., None], number: int, *arguments: Any) -> None:
-    """Run a compiled loop over all blocks of `number` neurons, on as many threads as torch uses (it releases the GIL)."""
-    blocks = -(-number // _loops().BLOCK)
-    threads = min(torch.get_num_threads(), blocks)
+def _groups(number: int, length: int) -> int:
+    """Parts that `number` neurons in blocks of `length` are worked on in."""
+    return -(-number // (_loops().GROUP * length))
+
+
+def _share_out(loop: Callable[..., None], groups: int, *arguments: Any) -> None:
+    """Run a compiled loop over all groups, on as many threads as torch uses (it releases the GIL)."""
+    threads = min(torch.get_num_threads(), groups)
     if threads <= 1:
-        loop(0, blocks, *arguments)
+        loop(0, groups, *arguments)
         return
-    ends = [blocks * part // threads for part in range(threads + 1)]
+    ends = [groups * part // threads for part in range(threads + 1)]
     tasks = [_pool(threads - 1).submit(loop, *span, *arguments) for span in itertools.pairwise(ends[1:])]
     loop(0, ends[1], *arguments)
     for task in tasks:
@@ -116,9 +120,11 @@ class _Fused(torch.autograd.Function):
         half = current.dtype == torch.bfloat16
         out = _empty_outputs(current, rule.steps, rule.constant)
         heights = _bits(amplitude.detach().to(current.dtype).reshape(1, -1), 1)[0].astype(np.uint32)
+        channels = max(parameter.numel() for parameter in (v, theta, leak, amplitude))
+        length = _loops().block_length(channels, inner)
         _share_out(
             _loops().forward,
-            out.numel() // rule.steps,
+            _groups(out.numel() // rule.steps, length),
             _bits(current, 1 if rule.constant else rule.steps),
             _bits(out, rule.steps),
             _flat(v),
@@ -126,7 +132,9 @@ class _Fused(torch.autograd.Function):
             _firing_level(theta, rule.strict),
             _flat(leak),
             heights,
+            channels,
             inner,
+            length,
             rule.steps,
             rule.constant,
             half,
@@ -143,12 +151,13 @@ class _Fused(torch.autograd.Function):
         dx = torch.empty_like(current)
         parameters = (theta, leak, amplitude, v)
         channels = max(parameter.numel() for parameter in parameters)
-        number = gradient.numel() // rule.steps
-        sums = np.zeros((-(-number // _loops().BLOCK), 4, channels), np.float32)
+        length = _loops().block_length(channels, ctx.inner)
+        groups = _groups(gradient.numel() // rule.steps, length)
+        sums = np.zeros((groups, 4, channels), np.float32)
         surrogate = rule.surrogate
         _share_out(
             _loops().backward,
-            number,
+            groups,
             _bits(current, 1 if rule.constant else rule.steps),
             _bits(gradient, rule.steps),
             _bits(dx, 1 if rule.constant else rule.steps),
@@ -159,6 +168,7 @@ class _Fused(torch.autograd.Function):
             _flat(amplitude),
             sums,
             ctx.inner,
+            length,
             rule.steps,
             rule.constant,
             half,

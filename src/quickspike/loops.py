@@ -11,7 +11,9 @@ import numba
 import numpy as np
 
 BLOCK = 512
-"""Neurons that a loop works on at a time: their potentials of some steps fit the first-level cache."""
+"""Neurons that a loop works on at a time, at most: their potentials of some steps fit the first-level cache."""
+GROUP = 16
+"""Blocks that share one row of sums, and go to one thread."""
 
 
 # Every inner loop writes one array and reads few: the compiler turns only such loops into vector instructions, since it
@@ -20,6 +22,19 @@ BLOCK = 512
 # "strictly above theta" is "at least the next number above theta".
 _inline = numba.njit(inline="always", error_model="numpy")
 _compile = numba.njit(cache=True, nogil=True, error_model="numpy")
+
+
+def block_length(channels: int, inner: int) -> int:
+    """Neurons of a block: where neighbours are of different channels, every block begins at the first one if it can."""
+    return BLOCK // channels * channels if inner == 1 and channels <= BLOCK else BLOCK
+
+
+@_inline
+def phase_of(start, inner, channels):
+    """What the parameters of a block depend on: blocks of one phase have the same."""
+    if inner == 1 or channels == 1:
+        return start % channels
+    return start
 
 
 @_inline
@@ -38,13 +53,29 @@ def load(source, t, start, size, bits, half):
 def tile(parameter, start, size, inner, out):
     """out[:size] = the parameter's value for each neuron; parameters are single or per channel."""
     count = len(parameter)
+    # A division for each neuron would cost more than all the rest: go from one run of channels, or of neurons of one
+    # channel, to the next.
     if count == 1:
-        value = parameter[0]
-        for i in range(size):
-            out[i] = value
+        out[:size] = parameter[0]
+    elif inner == 1:
+        channel = start % count
+        done = min(count - channel, size)
+        out[:done] = parameter[channel : channel + done]
+        left = min(channel, size - done)
+        out[done : done + left] = parameter[:left]
+        done += left
+        while done < size:  # the rest repeats what is there
+            run = min(done, size - done)
+            out[done : done + run] = out[:run]
+            done += run
     else:
-        for i in range(size):
-            out[i] = parameter[((start + i) // inner) % count]
+        done = 0
+        channel = (start // inner) % count
+        left = inner - start % inner
+        while done < size:
+            run = min(left, size - done)
+            out[done : done + run] = parameter[channel]
+            done, channel, left = done + run, (channel + 1) % count, inner
 
 
 @_inline
@@ -62,21 +93,25 @@ def reset(m, fires_at, theta, size, v):
 
 
 @_compile
-def forward(first, last, x, out, v0, theta, fires_at, leak, height, inner, steps, constant, half):
-    """Fill blocks `first` to `last` of `out` with the spikes' heights; `height` holds their bits."""
+def forward(first, last, x, out, v0, theta, fires_at, leak, height, channels, inner, length, steps, constant, half):
+    """Fill groups `first` to `last` of `out` with the spikes' heights; `height` holds their bits."""
     number = out.shape[1]
     bits, high = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32)
     current = bits.view(np.float32)
-    v, m = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    v, m, begin = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     th, fa, lk = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    for block in range(first, last):
-        start = block * BLOCK
-        size = min(BLOCK, number - start)
-        tile(v0, start, size, inner, v)
-        tile(theta, start, size, inner, th)
-        tile(fires_at, start, size, inner, fa)
-        tile(leak, start, size, inner, lk)
-        tile(height, start, size, inner, high)
+    tiled = -1
+    for start in range(first * GROUP * length, min(last * GROUP * length, number), length):
+        size = min(length, number - start)
+        phase = phase_of(start, inner, channels)
+        if phase != tiled:
+            tile(v0, start, length, inner, begin)
+            tile(theta, start, length, inner, th)
+            tile(fires_at, start, length, inner, fa)
+            tile(leak, start, length, inner, lk)
+            tile(height, start, length, inner, high)
+            tiled = phase
+        v[:] = begin
         for t in range(steps):
             load(x, 0 if constant else t, start, size, bits, half)
             integrate(current, lk, v, size, m)
@@ -87,15 +122,16 @@ def forward(first, last, x, out, v0, theta, fires_at, leak, height, inner, steps
 
 
 @_inline
-def slopes(m, inverse, width, shape, size, h):
-    """H = derivative of the step at u = m/theta - 1, peak 1; `width` is the inverse width."""
+def errors(g, m, inverse, factor, width, shape, size, e):
+    """E = g h'(u) factor, where u = m/theta - 1 and h' has peak 1; `width` is the inverse width."""
     if shape == 0:
         for i in range(size):
             rest = np.float32(1.0) - abs(m[i] * inverse[i] - np.float32(1.0)) * width
-            h[i] = rest if rest > np.float32(0.0) else np.float32(0.0)
+            e[i] = (rest if rest > np.float32(0.0) else np.float32(0.0)) * g[i] * factor[i]
     else:
         for i in range(size):
-            h[i] = np.float32(1.0) if abs(m[i] * inverse[i] - np.float32(1.0)) * width < np.float32(1.0) else np.float32(0.0)
+            near = abs(m[i] * inverse[i] - np.float32(1.0)) * width < np.float32(1.0)
+            e[i] = (np.float32(1.0) if near else np.float32(0.0)) * g[i] * factor[i]
 
 
 @_inline
@@ -111,88 +147,138 @@ def store(values, bits, t, start, size, half, out):
 
 
 @numba.njit(fastmath={"reassoc"}, error_model="numpy")
+def total_of(values):
+    """Their sum; the order is the compiler's, and always the same."""
+    total = np.float32(0.0)
+    for i in range(len(values)):
+        total += values[i]
+    return total
+
+
+@_inline
 def add_up(values, start, size, inner, sums):
-    """Add the values of each channel to its sum; the order is the compiler's, and always the same."""
+    """Add the values of each channel to its sum, and set them to 0."""
     count = len(sums)
     if count == 1:
-        total = np.float32(0.0)
-        for i in range(size):
-            total += values[i]
-        sums[0] += total
+        sums[0] += total_of(values[:size])
+        values[:] = 0
+        return
+    done = 0
+    channel = (start // inner) % count
+    if inner == 1:
+        while done < size:
+            run = min(count - channel, size - done)
+            for i in range(run):
+                sums[channel + i] += values[done + i]
+            done, channel = done + run, 0
     else:
-        for i in range(size):
-            sums[((start + i) // inner) % count] += values[i]
+        left = inner - start % inner
+        while done < size:
+            run = min(left, size - done)
+            sums[channel] += total_of(values[done : done + run])
+            done, channel, left = done + run, (channel + 1) % count, inner
+    values[:] = 0
+
+
+@_inline
+def add_all(to_theta, to_leak, to_height, to_begin, start, size, inner, sums):
+    """`add_up` for the rows of `sums` `[4, K]`."""
+    add_up(to_theta, start, size, inner, sums[0])
+    add_up(to_leak, start, size, inner, sums[1])
+    add_up(to_height, start, size, inner, sums[2])
+    add_up(to_begin, start, size, inner, sums[3])
 
 
 @_compile
 def backward(
-    first, last, x, g, dx, v0, theta, fires_at, leak, amplitude, sums, inner, steps, constant, half, shape, width, scale, unscaled
+    first,
+    last,
+    x,
+    g,
+    dx,
+    v0,
+    theta,
+    fires_at,
+    leak,
+    amplitude,
+    sums,
+    inner,
+    length,
+    steps,
+    constant,
+    half,
+    shape,
+    width,
+    scale,
+    unscaled,
 ):
-    """Fill blocks `first` to `last` of `dx` and of `sums` `[blocks, 4, K]`: gradients to theta, leak, amplitude, v0.
+    """Fill groups `first` to `last` of `dx` and of `sums` `[groups, 4, K]`: gradients to theta, leak, amplitude, v0.
 
     See `neuron._Scan`; `width` is the inverse of the surrogate's.
     """
-    number = g.shape[1]
+    number, channels = g.shape[1], sums.shape[2]
     bits = np.empty(BLOCK, np.uint32)
     value = bits.view(np.float32)
     out_bits = np.empty(BLOCK, np.uint32)
     total = out_bits.view(np.float32)
-    th, fa, lk = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    inverse, factor, v = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    e, dv, dm = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    to_theta, to_leak, to_height = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    before, potentials = np.empty((steps, BLOCK), np.float32), np.empty((steps, BLOCK), np.float32)
-    for block in range(first, last):
-        start = block * BLOCK
-        size = min(BLOCK, number - start)
-        tile(v0, start, size, inner, v)
-        tile(theta, start, size, inner, th)
-        tile(fires_at, start, size, inner, fa)
-        tile(leak, start, size, inner, lk)
-        tile(amplitude, start, size, inner, factor)
-        for i in range(size):
-            inverse[i] = np.float32(1.0) / th[i]
-        for i in range(size):
-            factor[i] = (np.float32(1.0) if unscaled else factor[i]) * scale * inverse[i]
-        to_theta[:], to_leak[:], to_height[:], dv[:], total[:] = 0, 0, 0, 0, 0
-        for t in range(steps):
-            load(x, 0 if constant else t, start, size, bits, half)
-            before[t, :size] = v[:size]
-            integrate(value, lk, v, size, potentials[t])
-            reset(potentials[t], fa, th, size, v)
-        for back in range(steps):
-            t = steps - 1 - back
-            m = potentials[t]
-            load(g, t, start, size, bits, half)
-            slopes(m, inverse, width, shape, size, e)
-            for i in range(size):
-                e[i] = e[i] * value[i] * factor[i]
-            for i in range(size):
-                to_theta[i] = to_theta[i] - e[i] * m[i] * inverse[i]
-            for i in range(size):
-                to_theta[i] = to_theta[i] - (dv[i] if m[i] >= fa[i] else np.float32(0.0))
-            if unscaled:
+    begin, th, fa, lk = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    inverse, factor = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    e, dv = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    to_theta, to_leak = np.zeros(BLOCK, np.float32), np.zeros(BLOCK, np.float32)
+    to_height, to_begin = np.zeros(BLOCK, np.float32), np.zeros(BLOCK, np.float32)
+    # Row t of `rests` is the potential that step t begins with, row t of `potentials` the one before its reset.
+    rests, potentials = np.empty((steps + 1, BLOCK), np.float32), np.empty((steps, BLOCK), np.float32)
+    for group in range(first, last):
+        tiled, tiled_at = -1, 0
+        for start in range(group * GROUP * length, min((group + 1) * GROUP * length, number), length):
+            size = min(length, number - start)
+            phase = phase_of(start, inner, channels)
+            if phase != tiled:
+                if tiled >= 0:
+                    add_all(to_theta, to_leak, to_height, to_begin, tiled_at, length, inner, sums[group])
+                tile(v0, start, length, inner, begin)
+                tile(theta, start, length, inner, th)
+                tile(fires_at, start, length, inner, fa)
+                tile(leak, start, length, inner, lk)
+                tile(amplitude, start, length, inner, factor)
+                for i in range(length):
+                    inverse[i] = np.float32(1.0) / th[i]
+                for i in range(length):
+                    factor[i] = (np.float32(1.0) if unscaled else factor[i]) * scale * inverse[i]
+                tiled, tiled_at = phase, start
+            dv[:], total[:] = 0, 0
+            rests[0, :] = begin
+            for t in range(steps):
+                load(x, 0 if constant else t, start, size, bits, half)
+                integrate(value, lk, rests[t], size, potentials[t])
+                reset(potentials[t], fa, th, size, rests[t + 1])
+            for back in range(steps):
+                t = steps - 1 - back
+                m, earlier = potentials[t], rests[t]
+                load(g, t, start, size, bits, half)
+                errors(value, m, inverse, factor, width, shape, size, e)
                 for i in range(size):
-                    to_height[i] = to_height[i] + value[i]
-            else:
+                    to_theta[i] -= e[i] * m[i] * inverse[i] + (dv[i] if m[i] >= fa[i] else np.float32(0.0))
+                if unscaled:
+                    for i in range(size):
+                        to_height[i] += value[i]
+                else:
+                    for i in range(size):
+                        to_height[i] += value[i] if m[i] >= fa[i] else np.float32(0.0)
                 for i in range(size):
-                    to_height[i] = to_height[i] + (value[i] if m[i] >= fa[i] else np.float32(0.0))
-            for i in range(size):
-                dm[i] = dv[i] + e[i]
-            earlier = before[t]
-            for i in range(size):
-                to_leak[i] = to_leak[i] + dm[i] * earlier[i]
-            for i in range(size):
-                dv[i] = lk[i] * dm[i]
-            if constant:
+                    dv[i] = dv[i] + e[i]
                 for i in range(size):
-                    total[i] = total[i] + dm[i]
-            else:
+                    to_leak[i] += dv[i] * earlier[i]
+                if constant:
+                    for i in range(size):
+                        total[i] += dv[i]
+                else:
+                    for i in range(size):
+                        total[i] = dv[i]
                 for i in range(size):
-                    total[i] = dm[i]
-            if not constant or t == 0:
-                store(total, out_bits, 0 if constant else t, start, size, half, dx)
-        add_up(to_theta, start, size, inner, sums[block, 0])
-        add_up(to_leak, start, size, inner, sums[block, 1])
-        add_up(to_height, start, size, inner, sums[block, 2])
-        add_up(dv, start, size, inner, sums[block, 3])
+                    dv[i] = lk[i] * dv[i]
+                if not constant or t == 0:
+                    store(total, out_bits, 0 if constant else t, start, size, half, dx)
+            for i in range(size):
+                to_begin[i] += dv[i]
+        add_all(to_theta, to_leak, to_height, to_begin, tiled_at, length, inner, sums[group])
