@@ -101,7 +101,7 @@ VGG16 = [3, 64, 64, 128, 128, *[256] * 3, *[512] * 6]
 VGG19 = [3, 64, 64, 128, 128, *[256] * 4, *[512] * 8]
 PARAMETERS = {
     "digits_cnn": 45_290,
-    "fast_cnn": 1_941_546,
+    "fast_cnn": 2_242_602,
     "vgg6": plain([3, 64, 128, 128], [8192, 4096, 4096, 10]),
     "vgg9": plain([3, 64, 128, 256, 256, 512, 512, 512], [2048, 4096, 4096, 10]),
     "vgg11": plain([3, 64, 128, 256, *[512] * 5], [2048, 4096, 4096, 10]),
@@ -361,14 +361,14 @@ def test_a_network_of_our_own_starts_as_torch_does() -> None:
 
 
 def test_a_name_with_options() -> None:
-    model = load_model("fast_cnn,classes=100,width=8,pool=max,batch_norm=false,bias=True,dropout=0.5")
-    assert having(model, nn.Linear)[0].weight.shape == (100, 64)
+    model = load_model("mnist_alexnet,classes=100,width=8,pool=max,batch_norm=false,bias=True,dropout=0.5")
+    assert having(model, nn.Linear)[-1].weight.shape == (100, 128)
     assert having(model, nn.MaxPool2d)
     assert not having(model, nn.BatchNorm2d)
     assert all(layer.bias is not None for layer in having(model, *LAYERS))
     assert {layer.p for layer in having(model, nn.Dropout)} == {0.5}
     assert not model.training
-    assert len(having(load_model("fast_cnn, classes = 5 ,width=8"), nn.MaxPool2d)) == 0
+    assert len(having(load_model("mnist_alexnet, classes = 5 ,width=8"), nn.MaxPool2d)) == 0
     assert having(load_model("digits_cnn,classes=3"), nn.Linear)[-1].out_features == 3
 
 

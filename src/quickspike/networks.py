@@ -136,7 +136,7 @@ NETWORKS: dict[str, Network] = {
         image=8,
         bias=("linear",),
     ),
-    "fast_cnn": Network("quickspike, for training on a CPU", Chain("32 64 P R 128 P R 256 P R G"), Options(width=32), bias=("linear",)),
+    "fast_cnn": Network("quickspike, for training on a CPU", Chain("32 64d R 128d R 256d R G"), Options(width=32), bias=("linear",)),
     "vgg6": _plain(_DIET, _wide_head("64 P 128 128 P")),
     "vgg9": _plain(_DIET, _wide_head("64 P 128 256 P 256 512 P 512 P 512")),
     "vgg11": _plain(_ULL, _wide_head("64 P 128 256 P 512 512 P 512 P 512 512"), pool="max"),
