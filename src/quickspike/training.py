@@ -70,7 +70,12 @@ class Training:
     loss: Literal["cross_entropy", "squared_error"] = option("cross_entropy", "loss on the logits; squared_error is against 0 and 1")
     label_smoothing: float = option(0.0, "share of the target that is spread over all classes", low=0, high=0.999)
     clip: float = option(0.0, "largest norm of the gradient; 0 for none", low=0, high=1e9)
-    ema: float = option(0.0, "decay of the moving average of the weights that is used in the end; 0 for none", low=0, high=0.999999)
+    ema: float = option(
+        0.0,
+        "decay of the moving average of the weights that is used in the end, at most (1 + n)/(10 + n) at step n; 0 for none",
+        low=0,
+        high=0.999999,
+    )
     validation: int = option(
         0, "training images held out to measure on; the test images never choose anything", unit="images", low=0, high=2**31
     )
@@ -561,7 +566,15 @@ def _optimiser(settings: Training, groups: list[dict[str, Any]]) -> torch.optim.
 def _average(module: nn.Module, decay: float) -> Any:
     if not decay:
         return None
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+    from torch.optim.swa_utils import AveragedModel
 
-    average: Any = get_ema_multi_avg_fn
-    return AveragedModel(module, multi_avg_fn=average(decay), use_buffers=True)
+    def follow(averages: Any, currents: Any, count: Tensor) -> None:
+        # With the full decay from the beginning, a short training would end with a good part of its first weights.
+        share = max(1 - decay, 9 / (10 + float(count)))
+        for average, current in zip(averages, currents, strict=True):
+            if average.is_floating_point():
+                average.lerp_(current, share)
+            else:
+                average.copy_(current)
+
+    return AveragedModel(module, multi_avg_fn=torch.no_grad()(follow), use_buffers=True)

@@ -1,0 +1,134 @@
+"""The compiled loops against the reference scan: the same spikes bit for bit, the same gradients up to rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from quickspike import kernels
+from quickspike.neuron import Surrogate, SurrogateShape, _Rule, _Scan
+
+SURROGATES: dict[str, Surrogate] = {
+    "triangular": Surrogate("triangular", width=0.8, scale=0.3),
+    "boxcar": Surrogate("boxcar", width=0.5, scale=2.0),
+    "unscaled": Surrogate("boxcar", unscaled=True),
+}
+# One block; several groups; more channels than a block has places; channels that do not divide a block; one neuron too many.
+SHAPES = [(3, 5), (2, 3, 4, 4), (40, 48, 5, 7), (20, 700, 3, 2), (300, 130), (27, 19)]
+LAYOUTS = [(shape, last) for shape in SHAPES for last in ([False, True] if len(shape) == 4 else [False])]
+
+
+def case(shape: tuple[int, ...], steps: int, per_channel: bool, seed: int = 0) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Currents `[T*B, ...]` on a grid, so that potentials meet thresholds exactly, and (v0, theta, leak, amplitude)."""
+    generator = torch.Generator().manual_seed(seed)
+    currents = torch.randint(-8, 17, (steps * shape[0], *shape[1:]), generator=generator) / 8
+    sizes = (shape[1], *(1,) * (len(shape) - 2)) if per_channel else ()
+    theta = torch.randint(4, 12, sizes, generator=generator) / 8
+    leak = torch.randint(4, 9, sizes, generator=generator) / 8
+    amplitude = torch.rand(sizes, generator=generator) + 0.5
+    return currents, (theta * 0.5, theta, leak, amplitude)
+
+
+def both(currents: Tensor, parameters: tuple[Tensor, ...], rule: _Rule, seed: int = 1) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """(outputs, gradients of the currents and of the four parameters), compiled and of the reference."""
+    found = []
+    for scan in (kernels.fused, lambda *arguments: _Scan.apply(*arguments)[0]):
+        x = currents.clone(memory_format=torch.preserve_format).requires_grad_(True)
+        leaves = tuple(value.clone().requires_grad_(True) for value in parameters)
+        assert kernels.applies(x, leaves, rule.steps, rule.surrogate.shape)
+        out = scan(x, *leaves, rule)
+        generator = torch.Generator().manual_seed(seed)
+        # Positive, so that sums do not cancel and the last digits count.
+        towards = (torch.rand(out.shape, generator=generator) + 0.5).to(out.dtype)
+        found.append((out.detach(), *torch.autograd.grad(out, (x, *leaves), towards)))
+    return found[0], found[1]
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def check(compiled: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> None:
+    assert torch.equal(compiled[0], reference[0])
+    assert compiled[0].stride() == reference[0].stride()
+    names = ("currents", "v0", "theta", "leak", "amplitude")
+    for name, found, wanted in zip(names, compiled[1:], reference[1:], strict=True):
+        assert found.dtype == wanted.dtype, name
+        assert found.shape == wanted.shape, name
+        # The reference adds up in another order, and rounds half-precision gradients at the end only, as the loops do.
+        scale = float(wanted.float().abs().max())
+        tolerance = {torch.float32: 2e-5, torch.bfloat16: 1e-2}[found.dtype]
+        torch.testing.assert_close(
+            found.float(), wanted.float(), rtol=tolerance, atol=tolerance * scale, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize(("shape", "channels_last"), LAYOUTS, ids=str)
+def test_the_loops_are_the_reference(shape: tuple[int, ...], per_channel: bool, channels_last: bool, surrogate: str, threads: int) -> None:
+    steps = 3
+    currents, parameters = case(shape, steps, per_channel)
+    if channels_last:
+        currents = currents.contiguous(memory_format=torch.channels_last)
+    check(*both(currents, parameters, _Rule(steps, False, False, SURROGATES[surrogate])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_steps_boundaries_and_precision(steps: int, constant: bool, strict: bool, dtype: torch.dtype) -> None:
+    currents, parameters = case((4, 24, 6, 6), 1 if constant else steps, per_channel=True)
+    currents = currents.to(dtype).contiguous(memory_format=torch.channels_last)
+    compiled, reference = both(currents, parameters, _Rule(steps, constant, strict, SURROGATES["triangular"]))
+    assert 0.05 < float(reference[0].ne(0).float().mean()) < 0.95
+    check(compiled, reference)
+
+
+def test_strict_firing_differs_on_this_data() -> None:
+    """Else the test above would not see a loop that forgets it."""
+    currents, parameters = case((4, 24, 6, 6), 2, per_channel=True)
+    (loose, *_), (strict, *_) = (both(currents, parameters, _Rule(2, False, flag, SURROGATES["triangular"]))[0] for flag in (False, True))
+    assert not torch.equal(loose, strict)
+
+
+def test_parameters_single_and_per_channel_mix() -> None:
+    currents, (v0, theta, _, _) = case((6, 10, 4, 4), 2, per_channel=True)
+    mixed = (v0, theta, torch.tensor(0.75), torch.tensor(1.5))
+    check(*both(currents.contiguous(memory_format=torch.channels_last), mixed, _Rule(2, False, False, SURROGATES["boxcar"])))
+
+
+def test_sums_do_not_depend_on_the_number_of_threads() -> None:
+    currents, parameters = case((60, 48, 5, 7), 2, per_channel=True)
+    rule = _Rule(2, False, False, SURROGATES["triangular"])
+    before, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            found.append(both(currents, parameters, rule)[0])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("currents", "theta", "shape"),
+    [
+        pytest.param(torch.ones(2, 3, dtype=torch.float64), torch.tensor(1.0), "boxcar", id="double precision"),
+        pytest.param(torch.ones(2, 3), torch.ones(2, 3), "boxcar", id="a threshold per neuron"),
+        pytest.param(torch.ones(2, 3), torch.tensor(1.0), "arctan", id="a smooth surrogate"),
+        pytest.param(torch.ones(4, 6)[:, ::2], torch.tensor(1.0), "boxcar", id="gaps in memory"),
+        pytest.param(torch.ones(0, 3), torch.tensor(1.0), "boxcar", id="nothing"),
+    ],
+)
+def test_the_rest_is_left_to_the_reference(currents: Tensor, theta: Tensor, shape: SurrogateShape) -> None:
+    assert not kernels.applies(currents, (theta,), 2, shape)
