@@ -22,12 +22,13 @@ LAYOUTS = [(shape, last) for shape in SHAPES for last in ([False, True] if len(s
 
 
 def case(shape: tuple[int, ...], steps: int, per_channel: bool, seed: int = 0) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Currents `[T*B, ...]` on a grid, so that potentials meet thresholds exactly, and (v0, theta, leak, amplitude)."""
+    """Currents `[T*B, ...]` on a grid, so that some potentials meet thresholds exactly, and (v0, theta, leak, amplitude)."""
     generator = torch.Generator().manual_seed(seed)
     currents = torch.randint(-8, 17, (steps * shape[0], *shape[1:]), generator=generator) / 8
     sizes = (shape[1], *(1,) * (len(shape) - 2)) if per_channel else ()
     theta = torch.randint(4, 12, sizes, generator=generator) / 8
-    leak = torch.randint(4, 9, sizes, generator=generator) / 8
+    # Products with it are rounded.
+    leak = torch.randint(4, 11, sizes, generator=generator) / 10
     amplitude = torch.rand(sizes, generator=generator) + 0.5
     return currents, (theta * 0.5, theta, leak, amplitude)
 

@@ -50,6 +50,8 @@ def save(snn: SpikingNetwork, path: str | Path) -> None:
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _state(snn).items()}
     try:
         header = json.dumps(_header(snn), allow_nan=False, sort_keys=True)
+    except CheckpointError:
+        raise
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the network holds something that JSON does not ({error}); look at its provenance and paddings") from error
     metadata = {"quickspike": header, "sha256": _digest(header, tensors)}
@@ -109,7 +111,10 @@ def _layer_to_json(layer: nn.Module) -> dict[str, Any]:
     try:
         return {"type": type(layer).__name__, "arguments": _encode(layer_arguments(layer))}
     except KeyError:
-        raise CheckpointError(f"a layer of type {type(layer).__name__} has no place in the file format") from None
+        kind = type(layer).__name__
+        raise CheckpointError(
+            f"a layer of type {kind} has no place in the file format; if the network was accelerated, save the one that it was made from"
+        ) from None
 
 
 def _node_to_json(node: fx.Node) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def _bits(x: Tensor, rows: int) -> np.ndarray[Any, Any]:
     dense = _dense(x)
     if dense is None:
         raise ConversionError(f"a tensor of shape {list(x.shape)} and strides {list(x.stride())} has gaps in memory")
-    kind, unsigned = (torch.int16, np.uint16) if x.dtype == torch.bfloat16 else (torch.int32, np.uint32)
+    kind, unsigned = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32), 1: (torch.uint8, np.uint8)}[x.element_size()]
     array: np.ndarray[Any, Any] = dense[0].detach().reshape(rows, -1).view(kind).numpy().view(unsigned)
     return array
 
@@ -79,7 +79,7 @@ def _firing_level(theta: Tensor, strict: bool) -> np.ndarray[Any, Any]:
 
 def _groups(number: int, length: int) -> int:
     """Parts that `number` neurons in blocks of `length` are worked on in."""
-    return -(-number // (_loops().GROUP * length))
+    return -(-number // (int(_loops().GROUP) * length))
 
 
 def _share_out(loop: Callable[..., None], groups: int, *arguments: Any) -> None:
@@ -100,14 +100,39 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "quickspike")
 
 
-def _empty_outputs(current: Tensor, steps: int, constant: bool) -> Tensor:
+def _empty_outputs(current: Tensor, steps: int, constant: bool, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for the outputs, laid out as the currents are."""
     if not constant:
-        return torch.empty_like(current)
+        return torch.empty_like(current, dtype=dtype)
     shape = (steps * current.shape[0], *current.shape[1:])
     if current.is_contiguous():
-        return current.new_empty(shape)
-    return current.new_empty((shape[0], *shape[2:], shape[1])).movedim(-1, 1)
+        return current.new_empty(shape, dtype=dtype)
+    return current.new_empty((shape[0], *shape[2:], shape[1]), dtype=dtype).movedim(-1, 1)
+
+
+def _fire(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, heights: np.ndarray[Any, Any], rule: Any, out: Tensor) -> None:
+    """Fill `out` with `heights` (their bits) where a neuron spikes."""
+    dense = _dense(current)
+    inner = 1 if dense is None else dense[1]
+    channels = max(len(heights), *(parameter.numel() for parameter in (v, theta, leak)))
+    length = _loops().block_length(channels, inner)
+    _share_out(
+        _loops().forward,
+        _groups(out.numel() // rule.steps, length),
+        _bits(current, 1 if rule.constant else rule.steps),
+        _bits(out, rule.steps),
+        _flat(v),
+        _flat(theta),
+        _firing_level(theta, rule.strict),
+        _flat(leak),
+        heights,
+        channels,
+        inner,
+        length,
+        rule.steps,
+        rule.constant,
+        current.dtype == torch.bfloat16,
+    )
 
 
 class _Fused(torch.autograd.Function):
@@ -116,31 +141,11 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Tensor, rule: Any) -> Tensor:
         dense = _dense(current)
-        inner = 1 if dense is None else dense[1]
-        half = current.dtype == torch.bfloat16
         out = _empty_outputs(current, rule.steps, rule.constant)
         heights = _bits(amplitude.detach().to(current.dtype).reshape(1, -1), 1)[0].astype(np.uint32)
-        channels = max(parameter.numel() for parameter in (v, theta, leak, amplitude))
-        length = _loops().block_length(channels, inner)
-        _share_out(
-            _loops().forward,
-            _groups(out.numel() // rule.steps, length),
-            _bits(current, 1 if rule.constant else rule.steps),
-            _bits(out, rule.steps),
-            _flat(v),
-            _flat(theta),
-            _firing_level(theta, rule.strict),
-            _flat(leak),
-            heights,
-            channels,
-            inner,
-            length,
-            rule.steps,
-            rule.constant,
-            half,
-        )
+        _fire(current, v, theta, leak, heights, rule, out)
         ctx.save_for_backward(current, v, theta, leak, amplitude)
-        ctx.rule, ctx.inner = rule, inner
+        ctx.rule, ctx.inner = rule, 1 if dense is None else dense[1]
         return out
 
     @staticmethod
@@ -196,3 +201,10 @@ def _like(x: Tensor, other: Tensor) -> Tensor:
 def fused(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Tensor, rule: Any) -> Tensor:
     """Outputs `[T*B, ...]`; arguments as of `neuron.integrate`, such that `applies` is true."""
     return cast(Tensor, _Fused.apply(current, v, theta, leak, amplitude, rule))
+
+
+def spike_bytes(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, rule: Any) -> Tensor:
+    """Spikes as bytes 0 and 1, `[T*B, ...]`, without a gradient; arguments as of `fused`."""
+    out = _empty_outputs(current, rule.steps, rule.constant, torch.uint8)
+    _fire(current, v, theta, leak, np.ones(1, np.uint32), rule, out)
+    return out

@@ -147,7 +147,8 @@ def _potentials(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, rule: _
     # Half-precision currents of autocast are integrated in the precision of the thresholds.
     dtype = torch.promote_types(current.dtype, theta.dtype)
     for x in inputs:
-        m = torch.addcmul(x.to(dtype), leak, v.to(dtype))
+        # Two roundings, as everywhere: addcmul has one on some machines, which moves spikes.
+        m = x.to(dtype) + leak * v.to(dtype)
         yield m
         v = torch.addcmul(m, theta, rule.fire(m, theta).to(dtype), value=-1)
 
@@ -259,6 +260,10 @@ class Neuron(Timed):
         self.surrogate = surrogate or Surrogate()
         self.dropout = 0.0
         """Share of the neurons that are silenced in training mode, the same ones at every step of a batch."""
+        self.compiled = True
+        """Run as compiled loops where these apply; False: always as the reference, in torch."""
+        self.as_bytes = False
+        """Give spikes as bytes 0 and 1, whatever their height: for inference with integer layers."""
         for name in ("threshold", "initial", "leak", "amplitude"):
             self.register_parameter(name, nn.Parameter(getattr(parameters, name), requires_grad=False))
 
@@ -273,11 +278,14 @@ class Neuron(Timed):
         theta, leak = self.bounded()
         initial, amplitude = self.initial * theta, self._height(theta)
         rule = _Rule(self.steps, constant, self.strict, self.surrogate)
-        if kernels.applies(x, (initial, theta, leak, amplitude), self.steps, self.surrogate.shape):
+        compiled = self.compiled and kernels.applies(x, (initial, theta, leak, amplitude), self.steps, self.surrogate.shape)
+        if compiled and self.as_bytes:
+            return kernels.spike_bytes(x, initial, theta, leak, rule)
+        if compiled:
             out = kernels.fused(x, initial, theta, leak, amplitude, rule)
         else:
             out, _ = _Scan.apply(x, initial, theta, leak, amplitude, rule)
-        return self._dropped(out, None, self.steps)[0]
+        return self._dropped(out, None, self.steps)[0] if not self.as_bytes else out.ne(0).to(torch.uint8)
 
     def scan(self, x: Tensor, state: Any, steps: int) -> tuple[Tensor, Any]:
         x, constant = self._currents(x, steps)
@@ -286,7 +294,7 @@ class Neuron(Timed):
         amplitude = self._height(theta)
         out, v = integrate(x, v, theta, leak, amplitude, steps, constant=constant, strict=self.strict, surrogate=self.surrogate)
         out, mask = self._dropped(out, mask, steps)
-        return out, (v, mask)
+        return out.ne(0).to(torch.uint8) if self.as_bytes else out, (v, mask)
 
     def _currents(self, x: Tensor, steps: int) -> tuple[Tensor, bool]:
         """The currents to integrate, and whether they are the same at every step."""

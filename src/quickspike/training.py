@@ -577,4 +577,5 @@ def _average(module: nn.Module, decay: float) -> Any:
             else:
                 average.copy_(current)
 
-    return AveragedModel(module, multi_avg_fn=torch.no_grad()(follow), use_buffers=True)
+    update: Any = torch.no_grad()(follow)
+    return AveragedModel(module, multi_avg_fn=update, use_buffers=True)

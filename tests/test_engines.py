@@ -1,0 +1,136 @@
+"""Engines against the reference: the same spikes of every neuron, for networks drawn at random."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor, nn
+
+import quickspike as qs
+from quickspike.conversion import SpikingNetwork
+from quickspike.engines import accelerate
+from quickspike.engines.integer import ByteConv2d, ByteLinear, ByteMax, ByteSum2d
+from quickspike.errors import CheckpointError, OptionError
+from quickspike.models import load_model
+from quickspike.quantisation import quantise
+from quickspike.simulation import simulate
+from random_networks import NETWORKS, draw
+
+
+def same_spikes(a: SpikingNetwork, b: SpikingNetwork, images: Tensor) -> None:
+    images = images.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        one, other = simulate(a, images), simulate(b, images)
+    assert list(one.spikes) == list(other.spikes)
+    for site, counts in one.spikes.items():
+        assert torch.equal(counts, other.spikes[site]), site
+    torch.testing.assert_close(one.logits, other.logits, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(**NETWORKS)
+def test_every_engine_gives_the_spikes_of_the_reference(**drawn: object) -> None:
+    snn, images = draw(**drawn)
+    snn.to(memory_format=torch.channels_last)
+    state = copy.deepcopy(snn.state_dict())
+    same_spikes(accelerate(snn, "reference").network, accelerate(snn, "fused").network, images)
+    whole = quantise(snn).network.to(memory_format=torch.channels_last)
+    same_spikes(accelerate(whole, "reference").network, accelerate(snn, "integer").network, images)
+    assert all(torch.equal(value, state[name]) for name, value in snn.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[SpikingNetwork, Tensor]:
+    torch.manual_seed(0)
+    images = torch.randn(6, 3, 32, 32)
+    return qs.convert(load_model("resnet20,width=4"), images, "threshold_balancing", steps=4), images
+
+
+def test_the_integer_engine_has_no_floating_point_layer_but_the_first(small: tuple[SpikingNetwork, Tensor]) -> None:
+    fast = accelerate(small[0], "integer")
+    assert fast.notes == ("stem.conv1: reads no spikes",)
+    layers = [type(layer) for layer in fast.network.network.modules()]
+    assert layers.count(ByteConv2d) == 18 + 2
+    assert layers.count(ByteLinear) == 1
+    assert layers.count(nn.Conv2d) == 1
+    assert layers.count(nn.Linear) == 0
+
+
+def test_an_accelerated_network_is_simulated_and_evaluated_like_any_other(small: tuple[SpikingNetwork, Tensor]) -> None:
+    snn, images = small
+    labels = torch.arange(6) % 10
+    whole = quantise(snn).network
+    fast = accelerate(snn, "integer").network
+    expected = qs.evaluate(whole, [(images, labels)], steps=(1, 2, 8))
+    found = qs.evaluate(fast, [(images, labels)], steps=(1, 2, 8))
+    assert found.accuracy == expected.accuracy
+    assert found.rates == expected.rates
+    assert torch.equal(simulate(fast, images).logits, simulate(fast, images, step_by_step=True).logits)
+    assert torch.equal(fast.with_steps(3)(images), whole.with_steps(3)(images))
+
+
+def test_it_is_not_saved(small: tuple[SpikingNetwork, Tensor], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="save the one that it was made from"):
+        accelerate(small[0], "integer").network.save(tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_engines_are_refused(small: tuple[SpikingNetwork, Tensor]) -> None:
+    with pytest.raises(OptionError, match="engine must be reference, fused or integer, got 'quick'"):
+        accelerate(small[0], "quick")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 2), (4, 4)])
+def test_byte_sums_are_sums(size: tuple[int, int]) -> None:
+    x = torch.randint(0, 3, (2, 5, 9, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        expected = nn.functional.avg_pool2d(x.double(), size, divisor_override=1)
+        assert torch.equal(ByteSum2d(size)(x.contiguous(memory_format=layout)).double(), expected)
+
+
+def test_byte_sums_of_whole_maps() -> None:
+    x = torch.ones(2, 5, 15, 17, dtype=torch.uint8)
+    assert torch.equal(ByteSum2d((15, 17))(x), torch.full((2, 5, 1, 1), 255, dtype=torch.uint8))
+
+
+def test_byte_max_takes_maps_of_more_than_255_places() -> None:
+    x = torch.randint(0, 200, (2, 3, 20, 20), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    assert torch.equal(ByteMax(nn.MaxPool2d(2))(x).float(), nn.functional.max_pool2d(x.float(), 2))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(6, 8, 3, padding=1),
+        nn.Conv2d(6, 9, (3, 2), stride=(2, 1), dilation=2, groups=3, bias=False),
+        nn.Conv2d(6, 6, 5, padding=2, groups=6),
+        nn.Conv2d(6, 4, 1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("largest", [1, 255])
+def test_byte_convolutions_are_exact(layer: nn.Conv2d, largest: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randint(-127, 128, parameter.shape, generator=generator))
+    x = torch.randint(0, largest + 1, (3, 6, 10, 11), generator=generator, dtype=torch.uint8)
+    expected = copy.deepcopy(layer).double()(x.double())
+    for layout in (torch.contiguous_format, torch.channels_last):
+        found = ByteConv2d(layer)(x.contiguous(memory_format=layout))
+        assert torch.equal(found.double(), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_byte_linear_layers_are_exact(bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(300, 7, bias=bias)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randint(-127, 128, parameter.shape, generator=generator))
+    x = torch.randint(0, 256, (5, 300), generator=generator, dtype=torch.uint8)
+    assert torch.equal(ByteLinear(layer)(x).double(), copy.deepcopy(layer).double()(x.double()))
