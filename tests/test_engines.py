@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import quickspike as qs
 from quickspike.conversion import SpikingNetwork
 from quickspike.engines import accelerate
 from quickspike.engines.integer import ByteConv2d, ByteLinear, ByteMax, ByteSum2d
-from quickspike.errors import CheckpointError, OptionError
+from quickspike.errors import CheckpointError, ConversionError, OptionError
 from quickspike.models import load_model
 from quickspike.quantisation import quantise
 from quickspike.simulation import simulate
@@ -31,16 +32,47 @@ def same_spikes(a: SpikingNetwork, b: SpikingNetwork, images: Tensor) -> None:
     torch.testing.assert_close(one.logits, other.logits, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @given(**NETWORKS)
 def test_every_engine_gives_the_spikes_of_the_reference(**drawn: object) -> None:
     snn, images = draw(**drawn)
     snn.to(memory_format=torch.channels_last)
     state = copy.deepcopy(snn.state_dict())
-    same_spikes(accelerate(snn, "reference").network, accelerate(snn, "fused").network, images)
+    same_spikes(accelerate(snn, "reference"), accelerate(snn, "fused"), images)
     whole = quantise(snn).network.to(memory_format=torch.channels_last)
-    same_spikes(accelerate(whole, "reference").network, accelerate(snn, "integer").network, images)
+    same_spikes(accelerate(whole, "reference"), accelerate(snn, "integer"), images)
     assert all(torch.equal(value, state[name]) for name, value in snn.state_dict().items())
+
+
+# What is in floating point after the quantisation is added up over the steps in another order.
+EXACT = {
+    "blocks": st.lists(
+        st.tuples(
+            st.sampled_from(["plain", "residual", "spikes added", "concatenated", "twice"]),
+            st.sampled_from(["none", "average", "max", "padded"]),
+            st.booleans(),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    "steps": st.sampled_from([1, 2, 3, 5, 8, 64]),
+}
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(**{**NETWORKS, **EXACT})
+def test_counts_are_those_of_the_simulation(**drawn: object) -> None:
+    snn, images = draw(**drawn)
+    whole = quantise(snn.as_synchronous()).network.to(memory_format=torch.channels_last)
+    fast = accelerate(whole, "count")
+    images = images.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected, found = simulate(accelerate(whole, "reference"), images), simulate(fast, images)
+    for site, counts in expected.spikes.items():
+        assert torch.equal(counts, found.spikes[site]), site
+    torch.testing.assert_close(found.logits[-1], expected.logits[-1], rtol=1e-4, atol=1e-5)
+    assert bool(found.logits[:-1].isnan().all())
+    assert torch.equal(fast(images), found.logits[-1])
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +84,13 @@ def small() -> tuple[SpikingNetwork, Tensor]:
 
 def test_the_integer_engine_has_no_floating_point_layer_but_the_first(small: tuple[SpikingNetwork, Tensor]) -> None:
     fast = accelerate(small[0], "integer")
-    assert fast.notes == ("stem.conv1: reads no spikes",)
-    layers = [type(layer) for layer in fast.network.network.modules()]
+    assert fast.provenance["engine"] == {
+        "name": "integer",
+        "precision": "fp32",
+        "why": "asked for",
+        "in floating point": ["stem.conv1: reads no spikes"],
+    }
+    layers = [type(layer) for layer in fast.network.modules()]
     assert layers.count(ByteConv2d) == 18 + 2
     assert layers.count(ByteLinear) == 1
     assert layers.count(nn.Conv2d) == 1
@@ -64,7 +101,7 @@ def test_an_accelerated_network_is_simulated_and_evaluated_like_any_other(small:
     snn, images = small
     labels = torch.arange(6) % 10
     whole = quantise(snn).network
-    fast = accelerate(snn, "integer").network
+    fast = accelerate(snn, "integer")
     expected = qs.evaluate(whole, [(images, labels)], steps=(1, 2, 8))
     found = qs.evaluate(fast, [(images, labels)], steps=(1, 2, 8))
     assert found.accuracy == expected.accuracy
@@ -73,15 +110,73 @@ def test_an_accelerated_network_is_simulated_and_evaluated_like_any_other(small:
     assert torch.equal(fast.with_steps(3)(images), whole.with_steps(3)(images))
 
 
+def test_a_network_for_counts_is_evaluated_at_its_own_number_of_steps(small: tuple[SpikingNetwork, Tensor]) -> None:
+    snn, images = small
+    labels = torch.arange(6) % 10
+    whole = quantise(snn.as_synchronous()).network
+    fast = accelerate(whole, "count")
+    expected = qs.evaluate(whole, [(images, labels)], steps=(4,))
+    found = qs.evaluate(fast, [(images, labels)], steps=(4,))
+    assert (found.accuracy, found.rates, found.latency) == (expected.accuracy, expected.rates, expected.latency)
+    with pytest.raises(ConversionError, match="made for the count engine at T = 4; accelerate one with 3 steps"):
+        fast.with_steps(3)
+    with pytest.raises(ConversionError, match="no outputs at single steps"):
+        fast.outputs(images)
+    with pytest.raises(ConversionError, match="no steps"):
+        simulate(fast, images, step_by_step=True)
+
+
+def test_counts_need_windows(small: tuple[SpikingNetwork, Tensor]) -> None:
+    with pytest.raises(OptionError, match=r"but .*relu.* streams; convert with synchronous=True"):
+        accelerate(small[0], "count")
+    with pytest.raises(OptionError, match="at most 255 steps, got 256"):
+        accelerate(small[0].as_synchronous().with_steps(256), "count")
+
+
+def test_auto_takes_the_fastest_that_is_exact(small: tuple[SpikingNetwork, Tensor]) -> None:
+    snn, _ = small
+    whole = quantise(snn).network
+    engines = [accelerate(network).provenance["engine"] for network in (snn, whole, whole.as_synchronous())]
+    assert [engine["name"] for engine in engines] == ["fused", "integer", "count"]
+    assert [engine["why"] for engine in engines] == [
+        "exact for weights in floating point",
+        "the network is in whole numbers",
+        "the network is in whole numbers and its layers wait for whole windows",
+    ]
+    assert accelerate(whole, precision="bf16").provenance["engine"]["name"] == "fused"
+
+
+def test_a_network_in_whole_numbers_is_not_rounded_again(small: tuple[SpikingNetwork, Tensor]) -> None:
+    snn, images = small
+    whole = quantise(snn, 4).network
+    same_spikes(accelerate(whole, "reference"), accelerate(whole, "integer"), images)
+
+
+def test_bf16_rounds_layers_that_read_spikes_only(small: tuple[SpikingNetwork, Tensor]) -> None:
+    snn, images = small
+    fast = accelerate(snn, "fused", precision="bf16")
+    kinds = {name: module.weight.dtype for name, module in fast.network.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    assert {name for name, kind in kinds.items() if kind == torch.float32} == {"stem.conv1"}
+    assert len(kinds) == 22
+    assert fast(images).dtype == torch.float32
+    first = next(iter(snn.neurons()))
+    run, expected = simulate(fast, images), simulate(snn, images)
+    assert torch.equal(run.spikes[first], expected.spikes[first])
+    wanted = expected.logits.detach()
+    assert float((run.logits - wanted).abs().mean() / wanted.abs().mean()) < 0.25
+
+
 def test_it_is_not_saved(small: tuple[SpikingNetwork, Tensor], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="save the one that it was made from"):
-        accelerate(small[0], "integer").network.save(tmp_path / "a.safetensors")
+        accelerate(small[0], "integer").save(tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
 
 
 def test_unknown_engines_are_refused(small: tuple[SpikingNetwork, Tensor]) -> None:
-    with pytest.raises(OptionError, match="engine must be reference, fused or integer, got 'quick'"):
+    with pytest.raises(OptionError, match="engine must be one of auto, reference, fused, integer, count, got 'quick'"):
         accelerate(small[0], "quick")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="precision must be fp32, or bf16 with the fused engine, got 'bf16' with integer"):
+        accelerate(small[0], "integer", precision="bf16")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 2), (4, 4)])

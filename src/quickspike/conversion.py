@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -37,6 +37,7 @@ class SpikingNetwork(nn.Module):
         method: name and options of the conversion method, as plain data.
         provenance: how the network was made, as plain data.
         chunk: steps whose activations are in memory at a time while training; 0 for all (see `outputs_in_chunks`).
+        summed: the graph computes sums over all steps at once (engine "count"); there is nothing after single steps then.
         input_shape: of one sample; the first entry (channels or features) is checked at every call.
     """
 
@@ -52,7 +53,7 @@ class SpikingNetwork(nn.Module):
         super().__init__()
         self.network, self.sites, self.steps, self.input_shape = network, sites, steps, input_shape
         self.method, self.provenance = dict(method), dict(provenance)
-        self.chunk = 0
+        self.chunk, self.summed = 0, False
         # Weights take gradients, as in any module; thresholds and their like only when asked to.
         for module in network.modules():
             for parameter in module.parameters(recurse=False):
@@ -60,10 +61,19 @@ class SpikingNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `[B, K]`: the readout averaged over the steps."""
+        if self.summed:
+            self.check_input(images)
+            return cast(Tensor, self.network(images))
         return readout(self.outputs(images))[-1]
 
     def outputs(self, images: Tensor) -> Tensor:
-        """What the last layer gives at each step on its own, `[T, B, K]`."""
+        """What the last layer gives at each step on its own, `[T, B, K]`.
+
+        Raises:
+            ConversionError: the network computes sums over all steps.
+        """
+        if self.summed:
+            raise ConversionError("a network made for the count engine has no outputs at single steps; take the network it was made from")
         self.check_input(images)
         if self.chunk and self.chunk < self.steps:
             from quickspike.simulation import outputs_in_chunks
@@ -126,7 +136,13 @@ class SpikingNetwork(nn.Module):
         return other
 
     def set_steps(self, steps: int) -> None:
-        """Let this network run for another number of steps; see `with_steps` for a copy that does."""
+        """Let this network run for another number of steps; see `with_steps` for a copy that does.
+
+        Raises:
+            ConversionError: the network was made for one number of steps.
+        """
+        if self.summed and steps != self.steps:
+            raise ConversionError(f"this network was made for the count engine at T = {self.steps}; accelerate one with {steps} steps")
         self.steps = steps
         for module in self.modules():
             if isinstance(module, Timed):

@@ -110,10 +110,16 @@ def _empty_outputs(current: Tensor, steps: int, constant: bool, dtype: torch.dty
     return current.new_empty((shape[0], *shape[2:], shape[1]), dtype=dtype).movedim(-1, 1)
 
 
-def _fire(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, heights: np.ndarray[Any, Any], rule: Any, out: Tensor) -> None:
-    """Fill `out` with `heights` (their bits) where a neuron spikes."""
+def fire(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Tensor, rule: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Outputs `[T*B, ...]` without a gradient; arguments as of `fused`.
+
+    `dtype` is that of the outputs: float32, bfloat16, or uint8 for 0 and 1 whatever the amplitude.
+    """
     dense = _dense(current)
     inner = 1 if dense is None else dense[1]
+    out = _empty_outputs(current, rule.steps, rule.constant, dtype)
+    one = torch.ones(1, dtype=torch.uint8)
+    heights = _bits(one if dtype == torch.uint8 else amplitude.detach().to(out.dtype).reshape(1, -1), 1).reshape(-1).astype(np.uint32)
     channels = max(len(heights), *(parameter.numel() for parameter in (v, theta, leak)))
     length = _loops().block_length(channels, inner)
     _share_out(
@@ -133,6 +139,33 @@ def _fire(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, heights: np.n
         rule.constant,
         current.dtype == torch.bfloat16,
     )
+    return out
+
+
+def count(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, rule: Any, divisor: int, dtype: torch.dtype) -> Tensor:
+    """Spikes in T steps under the constant current `[B, ...]`/divisor, `[B, ...]`, as uint8 or int32; arguments as of `fused`."""
+    dense = _dense(current)
+    inner = 1 if dense is None else dense[1]
+    out = _empty_outputs(current, 1, True, dtype)
+    channels = max(parameter.numel() for parameter in (v, theta, leak))
+    length = _loops().block_length(channels, inner)
+    _share_out(
+        _loops().count,
+        _groups(out.numel(), length),
+        _bits(current, 1),
+        _bits(out, 1),
+        _flat(v),
+        _flat(theta),
+        _firing_level(theta, rule.strict),
+        _flat(leak),
+        channels,
+        inner,
+        length,
+        rule.steps,
+        np.float32(divisor),
+        current.dtype == torch.bfloat16,
+    )
+    return out
 
 
 class _Fused(torch.autograd.Function):
@@ -141,12 +174,9 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Tensor, rule: Any) -> Tensor:
         dense = _dense(current)
-        out = _empty_outputs(current, rule.steps, rule.constant)
-        heights = _bits(amplitude.detach().to(current.dtype).reshape(1, -1), 1)[0].astype(np.uint32)
-        _fire(current, v, theta, leak, heights, rule, out)
         ctx.save_for_backward(current, v, theta, leak, amplitude)
         ctx.rule, ctx.inner = rule, 1 if dense is None else dense[1]
-        return out
+        return fire(current, v, theta, leak, amplitude, rule)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -201,10 +231,3 @@ def _like(x: Tensor, other: Tensor) -> Tensor:
 def fused(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Tensor, rule: Any) -> Tensor:
     """Outputs `[T*B, ...]`; arguments as of `neuron.integrate`, such that `applies` is true."""
     return cast(Tensor, _Fused.apply(current, v, theta, leak, amplitude, rule))
-
-
-def spike_bytes(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, rule: Any) -> Tensor:
-    """Spikes as bytes 0 and 1, `[T*B, ...]`, without a gradient; arguments as of `fused`."""
-    out = _empty_outputs(current, rule.steps, rule.constant, torch.uint8)
-    _fire(current, v, theta, leak, np.ones(1, np.uint32), rule, out)
-    return out

@@ -121,6 +121,40 @@ def forward(first, last, x, out, v0, theta, fires_at, leak, height, channels, in
                 row[i] = high[i] if m[i] >= fa[i] else np.uint32(0)
 
 
+@_compile
+def count(first, last, x, out, v0, theta, fires_at, leak, channels, inner, length, steps, divisor, half):
+    """Fill groups `first` to `last` of `out` with the number of spikes under the constant current x/divisor."""
+    number = out.shape[1]
+    bits = np.empty(BLOCK, np.uint32)
+    current = bits.view(np.float32)
+    v, m, begin = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    th, fa, lk = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    counts = np.empty(BLOCK, np.int32)
+    tiled = -1
+    for start in range(first * GROUP * length, min(last * GROUP * length, number), length):
+        size = min(length, number - start)
+        phase = phase_of(start, inner, channels)
+        if phase != tiled:
+            tile(v0, start, length, inner, begin)
+            tile(theta, start, length, inner, th)
+            tile(fires_at, start, length, inner, fa)
+            tile(leak, start, length, inner, lk)
+            tiled = phase
+        v[:] = begin
+        counts[:] = 0
+        load(x, 0, start, size, bits, half)
+        for i in range(size):
+            current[i] = current[i] / divisor
+        for _ in range(steps):
+            integrate(current, lk, v, size, m)
+            reset(m, fa, th, size, v)
+            for i in range(size):
+                counts[i] += np.int32(1) if m[i] >= fa[i] else np.int32(0)
+        row = out[0, start : start + size]
+        for i in range(size):
+            row[i] = counts[i]
+
+
 @_inline
 def errors(g, m, inverse, factor, width, shape, size, e):
     """E = g h'(u) factor, where u = m/theta - 1 and h' has peak 1; `width` is the inverse width."""

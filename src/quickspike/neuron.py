@@ -262,10 +262,13 @@ class Neuron(Timed):
         """Share of the neurons that are silenced in training mode, the same ones at every step of a batch."""
         self.compiled = True
         """Run as compiled loops where these apply; False: always as the reference, in torch."""
-        self.as_bytes = False
-        """Give spikes as bytes 0 and 1, whatever their height: for inference with integer layers."""
+        self.output: torch.dtype | None = None
+        """Type of the outputs, for inference: None as the currents; torch.uint8 gives 0 and 1, whatever the height."""
         for name in ("threshold", "initial", "leak", "amplitude"):
             self.register_parameter(name, nn.Parameter(getattr(parameters, name), requires_grad=False))
+
+        self.counts = False
+        """Take the sum of the currents over all steps `[B, ...]`, and give the numbers of spikes `[B, ...]`, as bytes."""
 
     threshold: nn.Parameter
     initial: nn.Parameter
@@ -273,19 +276,30 @@ class Neuron(Timed):
     amplitude: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.counts:
+            return self._counted(x)
         # The final potential is of no use here, and the compiled loops do not give it.
         x, constant = self._currents(x, self.steps)
         theta, leak = self.bounded()
         initial, amplitude = self.initial * theta, self._height(theta)
         rule = _Rule(self.steps, constant, self.strict, self.surrogate)
         compiled = self.compiled and kernels.applies(x, (initial, theta, leak, amplitude), self.steps, self.surrogate.shape)
-        if compiled and self.as_bytes:
-            return kernels.spike_bytes(x, initial, theta, leak, rule)
+        if compiled and self.output is not None:
+            return kernels.fire(x, initial, theta, leak, amplitude, rule, self.output)
         if compiled:
             out = kernels.fused(x, initial, theta, leak, amplitude, rule)
         else:
             out, _ = _Scan.apply(x, initial, theta, leak, amplitude, rule)
-        return self._dropped(out, None, self.steps)[0] if not self.as_bytes else out.ne(0).to(torch.uint8)
+        return self._given(self._dropped(out, None, self.steps)[0])
+
+    def _counted(self, x: Tensor) -> Tensor:
+        theta, leak = self.bounded()
+        v, divisor = self.initial * theta, 1 if self.constant_input else self.steps
+        rule = _Rule(self.steps, True, self.strict, self.surrogate)
+        if self.compiled and kernels.applies(x, (v, theta, leak), self.steps, self.surrogate.shape):
+            return kernels.count(x, v, theta, leak, rule, divisor, torch.uint8)
+        out, _ = _Scan.apply(x / divisor, v, theta, leak, torch.ones_like(theta), rule)
+        return unfold(out, self.steps).ne(0).sum(0).to(torch.uint8)
 
     def scan(self, x: Tensor, state: Any, steps: int) -> tuple[Tensor, Any]:
         x, constant = self._currents(x, steps)
@@ -294,7 +308,13 @@ class Neuron(Timed):
         amplitude = self._height(theta)
         out, v = integrate(x, v, theta, leak, amplitude, steps, constant=constant, strict=self.strict, surrogate=self.surrogate)
         out, mask = self._dropped(out, mask, steps)
-        return out.ne(0).to(torch.uint8) if self.as_bytes else out, (v, mask)
+        return self._given(out), (v, mask)
+
+    def _given(self, out: Tensor) -> Tensor:
+        """Outputs in the type that is asked for."""
+        if self.output is None:
+            return out
+        return out.ne(0).to(torch.uint8) if self.output == torch.uint8 else out.to(self.output)
 
     def _currents(self, x: Tensor, steps: int) -> tuple[Tensor, bool]:
         """The currents to integrate, and whether they are the same at every step."""
@@ -374,8 +394,11 @@ class Repeat(Timed):
     def __init__(self, steps: int) -> None:
         super().__init__()
         self.steps = steps
+        self.output: torch.dtype | None = None
+        """Type of the outputs, for inference; None as the input."""
 
     def scan(self, x: Tensor, state: Any, steps: int) -> tuple[Tensor, Any]:
+        x = x.to(self.output or x.dtype)
         return x.expand(steps, *x.shape).flatten(0, 1), state
 
     def extra_repr(self) -> str:

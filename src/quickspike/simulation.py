@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
 from quickspike.conversion import SpikingNetwork, readout
+from quickspike.errors import ConversionError
 from quickspike.neuron import Neuron, Timed, unfold
 
 
@@ -19,7 +21,8 @@ class Run:
     """What one simulation gave."""
 
     logits: Tensor
-    """Readout after each step, `[T, B, K]`: the mean of the outputs up to and including that step."""
+    """Readout after each step, `[T, B, K]`: the mean of the outputs up to and including that step. A network for the count
+    engine has it after the last step only, and NaN before."""
     spikes: Mapping[str, Tensor]
     """Number of spikes of every neuron in T steps, by site, `[B, ...]`."""
 
@@ -47,6 +50,8 @@ def simulate(snn: SpikingNetwork, images: Tensor, *, step_by_step: bool = False)
         DataError: the images do not fit the network.
     """
     snn.check_input(images)
+    if step_by_step and snn.summed:
+        raise ConversionError("a network made for the count engine has no steps; simulate the network it was made from")
     return _step_by_step(snn, images) if step_by_step else _layer_by_layer(snn, images)
 
 
@@ -58,13 +63,20 @@ class _LayerByLayer(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         out = super().call_module(target, args, kwargs)
-        if isinstance(self.fetch_attr(target), Neuron):
-            self.spikes[target] = unfold(out.detach(), self.steps).ne(0).sum(0)
+        layer = self.fetch_attr(target)
+        if isinstance(layer, Neuron):
+            self.spikes[target] = out.long() if layer.counts else unfold(out.detach(), self.steps).ne(0).sum(0)
         return out
 
 
 def _layer_by_layer(snn: SpikingNetwork, images: Tensor) -> Run:
     interpreter = _LayerByLayer(snn)
+    if snn.summed:
+        last = interpreter.run(images)
+        # There is no answer before the last window is over.
+        logits = last.new_full((snn.steps, *last.shape), math.nan)
+        logits[-1] = last
+        return Run(logits, interpreter.spikes)
     outputs = unfold(interpreter.run(images), snn.steps)
     return Run(readout(outputs), interpreter.spikes)
 

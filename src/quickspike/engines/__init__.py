@@ -3,56 +3,81 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from typing import Literal
+import logging
+from typing import Literal, get_args
 
 import torch
 from torch import nn
+from torch.fx.passes.shape_prop import ShapeProp
 
 from quickspike.conversion import SpikingNetwork
+from quickspike.engines.count import MOST, sum_over_steps
+from quickspike.engines.half import to_bfloat16
 from quickspike.engines.integer import Bytes
 from quickspike.errors import OptionError
 from quickspike.quantisation import quantise
 
-Engine = Literal["reference", "fused", "integer"]
+logger = logging.getLogger(__name__)
+
+Engine = Literal["auto", "reference", "fused", "integer", "count"]
+Precision = Literal["fp32", "bf16"]
 
 
-@dataclass(frozen=True)
-class Accelerated:
-    """A network made for one engine."""
+def accelerate(snn: SpikingNetwork, engine: Engine = "auto", precision: Precision = "fp32", bits: int = 8) -> SpikingNetwork:
+    """A copy of `snn` for inference: called, simulated and evaluated like any other, but neither trained nor saved.
 
-    network: SpikingNetwork
-    """Simulated, evaluated and called like any other; it can neither be trained nor saved."""
-    engine: str
-    notes: tuple[str, ...]
-    """What of it runs otherwise, and why."""
-
-
-def accelerate(snn: SpikingNetwork, engine: Engine = "fused", bits: int = 8) -> Accelerated:
-    """A copy of `snn` for inference.
+    `provenance["engine"]` says which engine it is, why, and what runs otherwise.
 
     Args:
         snn: not modified.
         engine: `reference`: the scan over time in torch. `fused`: as compiled loops. `integer`: weights of `bits` bits
-            (as `quantise` makes them), spikes as bytes, sums in 32-bit integers.
-        bits: of a weight (engine=integer).
+            (see `quantise`), spikes as bytes, sums in 32-bit integers; exact for the network in whole numbers. `count`:
+            the same in one pass for all steps, where layers wait for whole windows. `auto`: the fastest that gives the
+            spikes of `snn` itself: `count` or `integer` for a network in whole numbers, else `fused`.
+        precision: of the layers that read spikes; bf16 rounds their weights and currents (engine=fused).
+        bits: of a weight (engine=integer, count).
 
     Raises:
-        OptionError: no such engine, or bits out of range.
+        OptionError: no such engine or precision, or the engine cannot run this network.
     """
-    if engine not in ("reference", "fused", "integer"):
-        raise OptionError(f"engine must be reference, fused or integer, got {engine!r}")
-    notes: tuple[str, ...] = ()
-    if engine == "integer":
-        quantised = quantise(snn, bits)
-        network, notes = quantised.network, quantised.kept
-        parameter = next(network.parameters())
-        Bytes(network.network, torch.zeros(1, *network.input_shape).to(parameter)).rewrite()
-    else:
-        network = copy.deepcopy(snn)
-        for neuron in network.neurons().values():
-            neuron.compiled = engine == "fused"
+    if engine not in get_args(Engine):
+        raise OptionError(f"engine must be one of {', '.join(get_args(Engine))}, got {engine!r}")
+    if precision not in get_args(Precision) or (precision == "bf16" and engine not in ("auto", "fused")):
+        raise OptionError(f"precision must be fp32, or bf16 with the fused engine, got {precision!r} with {engine}")
+    name, why = _chosen(snn, precision) if engine == "auto" else (engine, "asked for")
+    network, kept = copy.deepcopy(snn), tuple[str, ...]()
+    if name in ("integer", "count"):
+        if "weight_bits" not in snn.provenance:
+            quantised = quantise(snn, bits)
+            network, kept = quantised.network, quantised.kept
+        with torch.no_grad():
+            ShapeProp(network.network).propagate(torch.zeros(1, *network.input_shape).to(next(network.parameters())))
+        if name == "count":
+            sum_over_steps(network)
+        Bytes(network.network).rewrite()
+    elif precision == "bf16":
+        to_bfloat16(network)
+    for neuron in network.neurons().values():
+        neuron.compiled = name != "reference"
     network.requires_grad_(False).eval()
     if any(isinstance(layer, nn.Conv2d) for layer in network.modules()):
         network.to(memory_format=torch.channels_last)
-    return Accelerated(network, engine, notes)
+    network.provenance["engine"] = {"name": name, "precision": precision, "why": why, "in floating point": list(kept)}
+    logger.info("engine %s: %s", name, why)
+    return network
+
+
+def _chosen(snn: SpikingNetwork, precision: Precision) -> tuple[Engine, str]:
+    """The fastest exact engine, and why."""
+    device = next(snn.parameters()).device.type
+    if device != "cpu":
+        return "fused", f"the other engines run on the CPU, the network is on {device}"
+    if "weight_bits" not in snn.provenance or precision == "bf16":
+        return "fused", "exact for weights in floating point"
+    windows = all(neuron.averaged or neuron.constant_input for neuron in snn.neurons().values())
+    if windows and snn.steps <= MOST:
+        return "count", "the network is in whole numbers and its layers wait for whole windows"
+    return "integer", "the network is in whole numbers"
+
+
+__all__ = ["Engine", "Precision", "accelerate"]

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from quickspike.neuron import Neuron
 from quickspike.operators import FUNCTION_NAMES, MAX_POOLS, Affine
@@ -121,12 +120,10 @@ class ToFloat(nn.Module):
 
 
 class Bytes:
-    """Rewrites the graph of a spiking network so that layers pass bytes on wherever they can."""
+    """Rewrites the graph of a spiking network, whose shapes were recorded, so that layers pass bytes on wherever they can."""
 
-    def __init__(self, module: fx.GraphModule, example: Tensor) -> None:
+    def __init__(self, module: fx.GraphModule) -> None:
         self.module = module
-        with torch.no_grad():
-            ShapeProp(module).propagate(example)
         self.most: dict[fx.Node, int | None] = {}
         self.floats: dict[fx.Node, fx.Node] = {}
         self.layers: list[str] = []
@@ -163,8 +160,12 @@ class Bytes:
         layer = self._layer(node)
         if isinstance(layer, Neuron):
             # A height that is not 1 would be lost.
-            layer.as_bytes = not layer.scaled and bool((layer.amplitude == 1).all())
-            return 1 if layer.as_bytes else None
+            if layer.scaled or not bool((layer.amplitude == 1).all()):
+                return None
+            if layer.counts:
+                return layer.steps
+            layer.output = torch.uint8
+            return 1
         parents = [self.most[parent] for parent in node.all_input_nodes]
         if not parents or any(parent is None for parent in parents):
             return None
