@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from quickspike.checkpoint import load
     from quickspike.conversion import SpikingNetwork
     from quickspike.coverage import Coverage
+    from quickspike.engines import accelerate
     from quickspike.errors import QuickspikeError
     from quickspike.evaluation import Report, evaluate
     from quickspike.graph import inspect, trace
     from quickspike.method import Method, register
     from quickspike.neuron import Surrogate
+    from quickspike.quantisation import quantise
     from quickspike.simulation import Run, simulate
 
 # Where each public name lives. They are fetched on first use, so that the command line can answer `--help` without
@@ -27,6 +29,7 @@ _HOMES = {
     "load": "checkpoint",
     "SpikingNetwork": "conversion",
     "Coverage": "coverage",
+    "accelerate": "engines",
     "QuickspikeError": "errors",
     "Report": "evaluation",
     "evaluate": "evaluation",
@@ -35,6 +38,7 @@ _HOMES = {
     "Method": "method",
     "register": "method",
     "Surrogate": "neuron",
+    "quantise": "quantisation",
     "Run": "simulation",
     "simulate": "simulation",
 }
@@ -48,11 +52,13 @@ __all__ = [
     "SpikingNetwork",
     "Surrogate",
     "__version__",
+    "accelerate",
     "convert",
     "evaluate",
     "inspect",
     "load",
     "methods",
+    "quantise",
     "register",
     "simulate",
     "trace",

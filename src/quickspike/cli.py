@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -186,6 +186,15 @@ def evaluate(
     plot: Annotated[Path | None, Help(metavar="FILE", help="also draw accuracy against T, PNG")] = None,
     device: Device = "auto",
     precision: Annotated[str, Help(metavar="NAME", help="Lightning Fabric's name: 32-true, bf16-mixed, ...")] = "32-true",
+    engine: Annotated[
+        Literal["auto", "reference", "fused", "integer", "count"] | None,
+        Help(
+            metavar="NAME",
+            help="measure a copy made for this engine: integer has 8-bit weights, count needs layers that wait for whole windows, "
+            "auto takes the fastest exact one [default: the network as it is]",
+        ),
+    ] = None,
+    bits: Annotated[int, Help(metavar="N", help="weights of --engine integer or count [unit: bits; range: 2 to 8]")] = 8,
     json: Json = False,
 ) -> None:
     """Measure a spiking network on test images: accuracy after each number of steps, and firing rates."""
@@ -204,7 +213,7 @@ def evaluate(
     source = None if reference is None else load_model(reference, weights)
     data_set = data.load(snn.provenance.get("statistics"))
     loader = Tracked(data_set.loader("test", limit=images), "evaluating")
-    report = measure(snn, loader, source, steps, device=device, precision=precision)
+    report = measure(snn, loader, source, steps, device=device, precision=precision, engine=engine, bits=bits)
     if out is not None:
         write_text(out, dump(report.to_json()))
     if plot is not None:

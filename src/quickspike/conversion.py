@@ -19,6 +19,7 @@ from quickspike.neuron import MAX_STEPS, AccumulatedMaxPool, Neuron, Repeat, Sur
 from quickspike.operators import MAX_POOLS, shape
 
 if TYPE_CHECKING:
+    from quickspike.early_exit import Exit
     from quickspike.simulation import Run
 
 Signal = Literal["static", "constant", "timed"]
@@ -81,11 +82,11 @@ class SpikingNetwork(nn.Module):
             return outputs_in_chunks(self, images, self.chunk)
         return unfold(self.network(images), self.steps)
 
-    def run(self, images: Tensor) -> Run:
-        """Logits after every step and the spikes of every site. See `quickspike.simulation`."""
+    def run(self, images: Tensor, exit: Exit | None = None) -> Run:
+        """Logits after every step and the spikes of every site; with `exit`, samples stop early. See `quickspike.simulation`."""
         from quickspike.simulation import simulate
 
-        return simulate(self, images)
+        return simulate(self, images, exit=exit)
 
     def neuron(self, site: str) -> Neuron:
         """The neurons at the site of that name."""

@@ -24,6 +24,8 @@ from quickspike.simulation import simulate
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+    from quickspike.engines import Engine
+
 CHUNK = 400_000
 """Input values times steps that are simulated at once: small enough for the processor's caches, large enough to fill it."""
 
@@ -90,6 +92,8 @@ def evaluate(
     device: str = "auto",
     precision: str = "32-true",
     fabric: Fabric | None = None,
+    engine: Engine | None = None,
+    bits: int = 8,
 ) -> Report:
     """Measure `snn` on labelled images.
 
@@ -106,10 +110,12 @@ def evaluate(
         precision: see `make_fabric`.
         fabric: launched processes that share the batches between them, each sample in exactly one; instead of `device`
             and `precision`, in single precision. Every process gets the report of all.
+        engine: measure a copy made for this engine, see `quickspike.engines.accelerate`; None runs `snn` as it is.
+        bits: of a weight (engine=integer, count).
 
     Raises:
         DataError: no labels, labels out of range, no images, or images that do not fit.
-        OptionError: a number of steps below 1.
+        OptionError: a number of steps below 1, or an engine that cannot run this network.
     """
     chosen = _steps(steps, snn.steps)
     # Processes that are given may train in mixed precision; figures are those of the weights as they are.
@@ -119,6 +125,10 @@ def evaluate(
     networks = [(snn.with_steps(steps[-1]), steps) for steps in runs]
     for network, _ in networks:
         fabric.to_device(network)
+    if engine is not None:
+        from quickspike.engines import accelerate
+
+        networks = [(accelerate(network, engine, bits=bits), steps) for network, steps in networks]
     source = None if reference is None else fabric.to_device(copy_of(reference))
     tally = _Tally(networks, source)
     started = time.perf_counter()
@@ -135,6 +145,7 @@ def evaluate(
         "device": str(fabric.device),
         "processes": fabric.world_size,
         "precision": "32-true" if lower else precision,
+        "engine": networks[-1][0].provenance.get("engine"),
         "versions": versions(),
         "machine": machine(),
     }

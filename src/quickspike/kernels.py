@@ -110,10 +110,22 @@ def _empty_outputs(current: Tensor, steps: int, constant: bool, dtype: torch.dty
     return current.new_empty((shape[0], *shape[2:], shape[1]), dtype=dtype).movedim(-1, 1)
 
 
-def fire(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Tensor, rule: Any, dtype: torch.dtype | None = None) -> Tensor:
+def fire(
+    current: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    leak: Tensor,
+    amplitude: Tensor,
+    rule: Any,
+    dtype: torch.dtype | None = None,
+    state: Tensor | None = None,
+    resume: bool = False,
+) -> Tensor:
     """Outputs `[T*B, ...]` without a gradient; arguments as of `fused`.
 
-    `dtype` is that of the outputs: float32, bfloat16, or uint8 for 0 and 1 whatever the amplitude.
+    `dtype` is that of the outputs: float32, bfloat16, or uint8 for 0 and 1 whatever the amplitude; None: the currents'.
+    `state`, float32 `[B, ...]` and laid out as the currents, takes the potentials after the last step; with `resume`
+    they begin as it holds them, not with `v`.
     """
     dense = _dense(current)
     inner = 1 if dense is None else dense[1]
@@ -127,6 +139,8 @@ def fire(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Ten
         _groups(out.numel() // rule.steps, length),
         _bits(current, 1 if rule.constant else rule.steps),
         _bits(out, rule.steps),
+        np.empty(0, np.float32) if state is None else _bits(state, 1)[0].view(np.float32),
+        resume,
         _flat(v),
         _flat(theta),
         _firing_level(theta, rule.strict),
@@ -166,6 +180,17 @@ def count(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, rule: Any, di
         current.dtype == torch.bfloat16,
     )
     return out
+
+
+def fire_on(
+    current: Tensor, state: Tensor | None, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Tensor, rule: Any, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """(outputs `[T*B, ...]`, potentials `[B, ...]`) of the next steps, from the potentials `state`; arguments as of `fire`."""
+    one = current if rule.constant else current[: len(current) // rule.steps]
+    potentials = torch.empty_like(one, dtype=torch.float32)
+    if state is not None:
+        potentials.copy_(state)
+    return fire(current, v, theta, leak, amplitude, rule, dtype, potentials, state is not None), potentials
 
 
 class _Fused(torch.autograd.Function):

@@ -93,8 +93,11 @@ def reset(m, fires_at, theta, size, v):
 
 
 @_compile
-def forward(first, last, x, out, v0, theta, fires_at, leak, height, channels, inner, length, steps, constant, half):
-    """Fill groups `first` to `last` of `out` with the spikes' heights; `height` holds their bits."""
+def forward(first, last, x, out, state, resume, v0, theta, fires_at, leak, height, channels, inner, length, steps, constant, half):
+    """Fill groups `first` to `last` of `out` with the spikes' heights; `height` holds their bits.
+
+    `state` `[N]`, if it has room, takes the potentials after the last step; with `resume` they begin as it holds them.
+    """
     number = out.shape[1]
     bits, high = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32)
     current = bits.view(np.float32)
@@ -111,7 +114,10 @@ def forward(first, last, x, out, v0, theta, fires_at, leak, height, channels, in
             tile(leak, start, length, inner, lk)
             tile(height, start, length, inner, high)
             tiled = phase
-        v[:] = begin
+        if resume:
+            v[:size] = state[start : start + size]
+        else:
+            v[:] = begin
         for t in range(steps):
             load(x, 0 if constant else t, start, size, bits, half)
             integrate(current, lk, v, size, m)
@@ -119,6 +125,8 @@ def forward(first, last, x, out, v0, theta, fires_at, leak, height, channels, in
             row = out[t, start : start + size]
             for i in range(size):
                 row[i] = high[i] if m[i] >= fa[i] else np.uint32(0)
+        if len(state):
+            state[start : start + size] = v[:size]
 
 
 @_compile

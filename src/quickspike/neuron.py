@@ -304,11 +304,17 @@ class Neuron(Timed):
     def scan(self, x: Tensor, state: Any, steps: int) -> tuple[Tensor, Any]:
         x, constant = self._currents(x, steps)
         theta, leak = self.bounded()
-        v, mask = state or (self.initial * theta, None)
-        amplitude = self._height(theta)
-        out, v = integrate(x, v, theta, leak, amplitude, steps, constant=constant, strict=self.strict, surrogate=self.surrogate)
+        v, mask = state or (None, None)
+        initial, amplitude = self.initial * theta, self._height(theta)
+        rule = _Rule(steps, constant, self.strict, self.surrogate)
+        learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, theta, leak, amplitude))
+        if self.compiled and not learning and kernels.applies(x, (initial, theta, leak, amplitude), steps, self.surrogate.shape):
+            out, v = kernels.fire_on(x, v, initial, theta, leak, amplitude, rule, self.output)
+        else:
+            out, v = _Scan.apply(x, initial if v is None else v, theta, leak, amplitude, rule)
+            out = self._given(out)
         out, mask = self._dropped(out, mask, steps)
-        return self._given(out), (v, mask)
+        return out, (v, mask)
 
     def _given(self, out: Tensor) -> Tensor:
         """Outputs in the type that is asked for."""

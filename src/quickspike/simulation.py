@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -14,6 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from quickspike.conversion import SpikingNetwork, readout
 from quickspike.errors import ConversionError
 from quickspike.neuron import Neuron, Timed, unfold
+
+if TYPE_CHECKING:
+    from quickspike.early_exit import Exit
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,9 @@ class Run:
     """Readout after each step, `[T, B, K]`: the mean of the outputs up to and including that step. A network for the count
     engine has it after the last step only, and NaN before."""
     spikes: Mapping[str, Tensor]
-    """Number of spikes of every neuron in T steps, by site, `[B, ...]`."""
+    """Number of spikes of every neuron in T steps, or until its sample stopped, by site, `[B, ...]`."""
+    stopped: Tensor | None = None
+    """Steps that each sample took, `[B]`, where samples may stop early; its logits stay as they were then."""
 
     @property
     def steps(self) -> int:
@@ -34,10 +39,11 @@ class Run:
     @property
     def rates(self) -> dict[str, float]:
         """Mean spikes per neuron and step, by site, in [0, 1]."""
-        return {site: float(counts.double().mean()) / self.steps for site, counts in self.spikes.items()}
+        taken = self.steps if self.stopped is None else float(self.stopped.double().mean())
+        return {site: float(counts.double().mean()) / taken for site, counts in self.spikes.items()}
 
 
-def simulate(snn: SpikingNetwork, images: Tensor, *, step_by_step: bool = False) -> Run:
+def simulate(snn: SpikingNetwork, images: Tensor, *, step_by_step: bool = False, exit: Exit | None = None) -> Run:
     """Present `images` for T steps.
 
     Args:
@@ -45,14 +51,16 @@ def simulate(snn: SpikingNetwork, images: Tensor, *, step_by_step: bool = False)
         images: `[B, ...]`, the same at every step (direct coding).
         step_by_step: run the whole graph once per step with explicit states, the way hardware would. Slow, and gives
             the same numbers as the default, which runs each layer once with time folded into the batch.
+        exit: lets a sample stop as soon as its answer is decided (runs step by step); see `quickspike.early_exit`.
 
     Raises:
         DataError: the images do not fit the network.
+        ConversionError: the network has no answer after single steps.
     """
     snn.check_input(images)
-    if step_by_step and snn.summed:
+    if (step_by_step or exit is not None) and snn.summed:
         raise ConversionError("a network made for the count engine has no steps; simulate the network it was made from")
-    return _step_by_step(snn, images) if step_by_step else _layer_by_layer(snn, images)
+    return _step_by_step(snn, images, exit) if step_by_step or exit is not None else _layer_by_layer(snn, images)
 
 
 class _LayerByLayer(fx.Interpreter):
@@ -100,14 +108,60 @@ class _Part(fx.Interpreter):
         return out
 
 
-def _step_by_step(snn: SpikingNetwork, images: Tensor) -> Run:
-    outputs, spikes, states = [], dict[str, Tensor](), dict[str, Any]()
-    for _ in range(snn.steps):
+def _step_by_step(snn: SpikingNetwork, images: Tensor, exit: Exit | None = None) -> Run:
+    running, states, constants = torch.arange(len(images), device=images.device), dict[str, Any](), _constants(snn, images)
+    stopped = torch.full_like(running, snn.steps)
+    logits, spikes, total = list[Tensor](), dict[str, Tensor](), 0.0
+    for step in range(1, snn.steps + 1):
         part = _Part(snn, states, 1)
-        outputs.append(part.run(images))
-        states = part.states
-        spikes = {site: spikes.get(site, 0) + fired for site, fired in part.fired.items()}
-    return Run(readout(torch.stack(outputs)), spikes)
+        out = part.run(images, initial_env=dict(constants))
+        states, total = part.states, total + out
+        mean = total / step
+        if len(running) == len(stopped):
+            logits.append(mean)
+        else:
+            logits.append(logits[-1].index_copy(0, running, mean))
+        for site, fired in part.fired.items():
+            spikes[site] = fired if site not in spikes else spikes[site].index_add(0, running, fired)
+        if exit is None or step == snn.steps:
+            continue
+        decided = exit.decided(mean)
+        if not bool(decided.any()):
+            continue
+        stopped[running[decided]] = step
+        going = (~decided).nonzero().flatten()
+        if not len(going):
+            logits += [logits[-1]] * (snn.steps - step)
+            break
+        running, images, total = running[going], images[going], total[going]
+        # Sizes are among the constants, so these are computed anew.
+        states, constants = _some(states, going), _constants(snn, images)
+    return Run(torch.stack(logits), spikes, None if exit is None else stopped)
+
+
+def _constants(snn: SpikingNetwork, images: Tensor) -> dict[fx.Node, Any]:
+    """Values that are the same at every step, by node."""
+    timed = set[fx.Node]()
+    for node in snn.network.graph.nodes:
+        layer = snn.network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, Timed) or any(parent in timed for parent in node.all_input_nodes):
+            timed.add(node)
+    found = dict[fx.Node, Any]()
+    recorder = fx.Interpreter(snn.network, garbage_collect_values=False)
+    recorder.args_iter = iter([images])
+    for node in snn.network.graph.nodes:
+        if node not in timed:
+            recorder.env[node] = found[node] = recorder.run_node(node)
+    return found
+
+
+def _some(value: Any, samples: Tensor) -> Any:
+    """States for some of the samples."""
+    if isinstance(value, Tensor):
+        return value[samples]
+    if isinstance(value, dict):
+        return {key: _some(one, samples) for key, one in value.items()}
+    return type(value)(_some(one, samples) for one in value) if isinstance(value, (tuple, list)) else value
 
 
 def outputs_in_chunks(snn: SpikingNetwork, images: Tensor, chunk: int) -> Tensor:

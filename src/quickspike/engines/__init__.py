@@ -45,6 +45,9 @@ def accelerate(snn: SpikingNetwork, engine: Engine = "auto", precision: Precisio
     if precision not in get_args(Precision) or (precision == "bf16" and engine not in ("auto", "fused")):
         raise OptionError(f"precision must be fp32, or bf16 with the fused engine, got {precision!r} with {engine}")
     name, why = _chosen(snn, precision) if engine == "auto" else (engine, "asked for")
+    device = next(snn.parameters()).device.type
+    if name in ("integer", "count") and device != "cpu":
+        raise OptionError(f"the {name} engine runs on the CPU, the network is on {device}; move it with .cpu(), or take fused")
     network, kept = copy.deepcopy(snn), tuple[str, ...]()
     if name in ("integer", "count"):
         if "weight_bits" not in snn.provenance:
