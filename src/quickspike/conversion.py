@@ -38,6 +38,7 @@ class SpikingNetwork(nn.Module):
         method: name and options of the conversion method, as plain data.
         provenance: how the network was made, as plain data.
         chunk: steps whose activations are in memory at a time while training; 0 for all (see `outputs_in_chunks`).
+        memory: what a simulation without gradients may take, in bytes or as "2GiB"; None for as much as it needs.
         summed: the graph computes sums over all steps at once (engine "count"); there is nothing after single steps then.
         input_shape: of one sample; the first entry (channels or features) is checked at every call.
     """
@@ -55,6 +56,7 @@ class SpikingNetwork(nn.Module):
         self.network, self.sites, self.steps, self.input_shape = network, sites, steps, input_shape
         self.method, self.provenance = dict(method), dict(provenance)
         self.chunk, self.summed = 0, False
+        self.memory: str | int | None = None
         # Weights take gradients, as in any module; thresholds and their like only when asked to.
         for module in network.modules():
             for parameter in module.parameters(recurse=False):
@@ -62,6 +64,8 @@ class SpikingNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `[B, K]`: the readout averaged over the steps."""
+        if self.memory is not None and not torch.is_grad_enabled():
+            return self.run(images).logits[-1]
         if self.summed:
             self.check_input(images)
             return cast(Tensor, self.network(images))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from quickspike.conversion import SpikingNetwork, readout
 from quickspike.errors import ConversionError
+from quickspike.memory import in_bytes, parts
 from quickspike.neuron import Neuron, Timed, unfold
 
 if TYPE_CHECKING:
@@ -43,7 +45,9 @@ class Run:
         return {site: float(counts.double().mean()) / taken for site, counts in self.spikes.items()}
 
 
-def simulate(snn: SpikingNetwork, images: Tensor, *, step_by_step: bool = False, exit: Exit | None = None) -> Run:
+def simulate(
+    snn: SpikingNetwork, images: Tensor, *, step_by_step: bool = False, exit: Exit | None = None, memory: str | int | None = None
+) -> Run:
     """Present `images` for T steps.
 
     Args:
@@ -52,15 +56,21 @@ def simulate(snn: SpikingNetwork, images: Tensor, *, step_by_step: bool = False,
         step_by_step: run the whole graph once per step with explicit states, the way hardware would. Slow, and gives
             the same numbers as the default, which runs each layer once with time folded into the batch.
         exit: lets a sample stop as soon as its answer is decided (runs step by step); see `quickspike.early_exit`.
+        memory: bytes, or a text such as "2GiB", within which the simulation stays by taking the batch in parts; by default
+            what `snn.memory` says.
 
     Raises:
         DataError: the images do not fit the network.
         ConversionError: the network has no answer after single steps.
+        OptionError: one step of one sample does not fit into the memory.
     """
     snn.check_input(images)
     if (step_by_step or exit is not None) and snn.summed:
         raise ConversionError("a network made for the count engine has no steps; simulate the network it was made from")
-    return _step_by_step(snn, images, exit) if step_by_step or exit is not None else _layer_by_layer(snn, images)
+    if step_by_step or exit is not None:
+        return _step_by_step(snn, images, exit)
+    budget = memory if memory is not None else snn.memory
+    return _layer_by_layer(snn, images) if budget is None else _in_parts(snn, images, in_bytes(budget))
 
 
 class _LayerByLayer(fx.Interpreter):
@@ -87,6 +97,27 @@ def _layer_by_layer(snn: SpikingNetwork, images: Tensor) -> Run:
         return Run(logits, interpreter.spikes)
     outputs = unfold(interpreter.run(images), snn.steps)
     return Run(readout(outputs), interpreter.spikes)
+
+
+def _in_parts(snn: SpikingNetwork, images: Tensor, memory: int) -> Run:
+    """The same numbers, with no more at a time than fits."""
+    size = parts(snn, images, memory)
+    run = _layer_by_layer if size.steps == snn.steps else partial(_in_time, steps=size.steps)
+    runs = [run(snn, part) for part in images.split(size.samples)]
+    spikes = {site: torch.cat([one.spikes[site] for one in runs]) for site in runs[0].spikes}
+    return Run(torch.cat([one.logits for one in runs], 1), spikes)
+
+
+def _in_time(snn: SpikingNetwork, images: Tensor, steps: int) -> Run:
+    """Some steps at a time."""
+    outputs, spikes, states = list[Tensor](), dict[str, Tensor](), dict[str, Any]()
+    for start in range(0, snn.steps, steps):
+        count = min(steps, snn.steps - start)
+        part = _Part(snn, states, count)
+        outputs.append(unfold(part.run(images), count))
+        states = part.states
+        spikes = {site: spikes.get(site, 0) + fired for site, fired in part.fired.items()}
+    return Run(readout(torch.cat(outputs)), spikes)
 
 
 class _Part(fx.Interpreter):

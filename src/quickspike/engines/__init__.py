@@ -15,6 +15,7 @@ from quickspike.engines.count import MOST, sum_over_steps
 from quickspike.engines.half import to_bfloat16
 from quickspike.engines.integer import Bytes
 from quickspike.errors import OptionError
+from quickspike.memory import in_bytes
 from quickspike.quantisation import quantise
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,9 @@ Engine = Literal["auto", "reference", "fused", "integer", "count"]
 Precision = Literal["fp32", "bf16"]
 
 
-def accelerate(snn: SpikingNetwork, engine: Engine = "auto", precision: Precision = "fp32", bits: int = 8) -> SpikingNetwork:
+def accelerate(
+    snn: SpikingNetwork, engine: Engine = "auto", precision: Precision = "fp32", bits: int = 8, memory: str | int | None = None
+) -> SpikingNetwork:
     """A copy of `snn` for inference: called, simulated and evaluated like any other, but neither trained nor saved.
 
     `provenance["engine"]` says which engine it is, why, and what runs otherwise.
@@ -36,9 +39,10 @@ def accelerate(snn: SpikingNetwork, engine: Engine = "auto", precision: Precisio
             spikes of `snn` itself: `count` or `integer` for a network in whole numbers, else `fused`.
         precision: of the layers that read spikes; bf16 rounds their weights and currents (engine=fused).
         bits: of a weight (engine=integer, count).
+        memory: what a simulation may take, in bytes or as "2GiB": it takes the batch in parts; None for all at once.
 
     Raises:
-        OptionError: no such engine or precision, or the engine cannot run this network.
+        OptionError: no such engine or precision, the engine cannot run this network, or memory is no amount.
     """
     if engine not in get_args(Engine):
         raise OptionError(f"engine must be one of {', '.join(get_args(Engine))}, got {engine!r}")
@@ -65,6 +69,7 @@ def accelerate(snn: SpikingNetwork, engine: Engine = "auto", precision: Precisio
     network.requires_grad_(False).eval()
     if any(isinstance(layer, nn.Conv2d) for layer in network.modules()):
         network.to(memory_format=torch.channels_last)
+    network.memory = None if memory is None else in_bytes(memory)
     network.provenance["engine"] = {"name": name, "precision": precision, "why": why, "in floating point": list(kept)}
     logger.info("engine %s: %s", name, why)
     return network
