@@ -1,8 +1,9 @@
-"""The scan over time as two compiled loops for the CPU: every current is read once, potentials stay in registers.
+"""The scan over time as compiled loops: every current is read once, potentials stay in registers.
 
-The loops give the spikes of `neuron.integrate`'s reference bit for bit. They take float32 and bfloat16 currents and the
-piecewise linear surrogates; whatever else comes is left to the reference. Nothing is kept for the backward pass but the
-currents themselves: potentials are computed again there, which is cheaper than fetching them from memory.
+`loops.py` has them for the CPU (numba), `triton_loops.py` for GPUs; here they are called. They give the spikes of
+`neuron.integrate`'s reference bit for bit. They take float32 and bfloat16 currents and the piecewise linear surrogates;
+whatever else comes is left to the reference. Nothing is kept for the backward pass but the currents themselves:
+potentials are computed again there, which is cheaper than fetching them from memory.
 """
 
 from __future__ import annotations
@@ -34,18 +35,33 @@ def _loops() -> Any:
         return None
 
 
+@functools.cache
+def _triton() -> Any:
+    """The kernels for GPUs; None if triton is not there."""
+    try:
+        return importlib.import_module("quickspike.triton_loops")
+    except ImportError:
+        return None
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda"
+
+
 def applies(current: Tensor, parameters: Sequence[Tensor], steps: int, shape: str) -> bool:
-    """True if the compiled loops can take this: CPU, float32 or bfloat16, parameters single or per channel."""
+    """True if the compiled loops can take this: float32 or bfloat16, parameters single or per channel."""
     if shape not in SHAPES:
         return False
-    if current.device.type != "cpu" or current.dtype not in (torch.float32, torch.bfloat16) or steps > MOST_STEPS or not current.numel():
+    if current.device.type not in ("cpu", "cuda") or current.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if steps > MOST_STEPS or not current.numel():
         return False
     channels = current.shape[1] if current.ndim > 1 else 0
     for parameter in parameters:
         per_channel = parameter.numel() == channels and parameter.ndim == current.ndim - 1 and parameter.shape[0] == channels
         if parameter.dtype != torch.float32 or not (parameter.numel() == 1 or per_channel):
             return False
-    return _dense(current) is not None and _loops() is not None
+    return _dense(current) is not None and (_triton() if _on_gpu(current) else _loops()) is not None
 
 
 def _dense(x: Tensor) -> tuple[Tensor, int] | None:
@@ -71,10 +87,9 @@ def _flat(parameter: Tensor) -> np.ndarray[Any, Any]:
     return array
 
 
-def _firing_level(theta: Tensor, strict: bool) -> np.ndarray[Any, Any]:
+def _firing_level(theta: Tensor, strict: bool) -> Tensor:
     """The least potential that fires: theta, or the next number above it where firing is strict."""
-    level = _flat(theta)
-    return np.nextafter(level, np.float32(np.inf)) if strict else level
+    return torch.nextafter(theta.detach(), torch.full_like(theta, math.inf)) if strict else theta
 
 
 def _groups(number: int, length: int) -> int:
@@ -130,9 +145,13 @@ def fire(
     dense = _dense(current)
     inner = 1 if dense is None else dense[1]
     out = _empty_outputs(current, rule.steps, rule.constant, dtype)
-    one = torch.ones(1, dtype=torch.uint8)
-    heights = _bits(one if dtype == torch.uint8 else amplitude.detach().to(out.dtype).reshape(1, -1), 1).reshape(-1).astype(np.uint32)
-    channels = max(len(heights), *(parameter.numel() for parameter in (v, theta, leak)))
+    height = (torch.ones_like(theta) if dtype == torch.uint8 else amplitude.detach()).to(out.dtype)
+    channels = max(parameter.numel() for parameter in (v, theta, leak, height))
+    if _on_gpu(current):
+        level = _firing_level(theta, rule.strict)
+        _triton().fire(current, out, state, resume, v, theta, level, leak, height, channels, inner, rule)
+        return out
+    heights = _bits(height.reshape(1, -1), 1).reshape(-1).astype(np.uint32)
     length = _loops().block_length(channels, inner)
     _share_out(
         _loops().forward,
@@ -143,7 +162,7 @@ def fire(
         resume,
         _flat(v),
         _flat(theta),
-        _firing_level(theta, rule.strict),
+        _flat(_firing_level(theta, rule.strict)),
         _flat(leak),
         heights,
         channels,
@@ -162,6 +181,9 @@ def count(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, rule: Any, di
     inner = 1 if dense is None else dense[1]
     out = _empty_outputs(current, 1, True, dtype)
     channels = max(parameter.numel() for parameter in (v, theta, leak))
+    if _on_gpu(current):
+        _triton().count_spikes(current, out, v, theta, _firing_level(theta, rule.strict), leak, channels, inner, divisor, rule)
+        return out
     length = _loops().block_length(channels, inner)
     _share_out(
         _loops().count,
@@ -170,7 +192,7 @@ def count(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, rule: Any, di
         _bits(out, 1),
         _flat(v),
         _flat(theta),
-        _firing_level(theta, rule.strict),
+        _flat(_firing_level(theta, rule.strict)),
         _flat(leak),
         channels,
         inner,
@@ -211,6 +233,12 @@ class _Fused(torch.autograd.Function):
         dx = torch.empty_like(current)
         parameters = (theta, leak, amplitude, v)
         channels = max(parameter.numel() for parameter in parameters)
+        if _on_gpu(current):
+            level = _firing_level(theta, rule.strict)
+            shares = _triton().gradients(current, gradient, dx, v, theta, level, leak, amplitude, channels, ctx.inner, rule)
+            # `[4, N]` to `[4, K]`: N counts channels, and `inner` neighbours of each.
+            totals = shares.double().view(4, -1, channels, ctx.inner).sum((1, 3)).float()
+            return _wanted(dx, totals, parameters, channels, ctx.needs_input_grad)
         length = _loops().block_length(channels, ctx.inner)
         groups = _groups(gradient.numel() // rule.steps, length)
         sums = np.zeros((groups, 4, channels), np.float32)
@@ -223,7 +251,7 @@ class _Fused(torch.autograd.Function):
             _bits(dx, 1 if rule.constant else rule.steps),
             _flat(v),
             _flat(theta),
-            _firing_level(theta, rule.strict),
+            _flat(_firing_level(theta, rule.strict)),
             _flat(leak),
             _flat(amplitude),
             sums,
@@ -238,12 +266,17 @@ class _Fused(torch.autograd.Function):
             surrogate.unscaled,
         )
         totals = torch.from_numpy(sums.sum(0, dtype=np.float64).astype(np.float32))
-        to_theta, to_leak, to_amplitude, to_v = (
-            total.reshape(parameter.shape) if parameter.numel() == channels else total.sum().reshape(parameter.shape)
-            for total, parameter in zip(totals, parameters, strict=True)
-        )
-        wanted = (dx, to_v, to_theta, to_leak, to_amplitude, None)
-        return tuple(value if need else None for value, need in zip(wanted, ctx.needs_input_grad, strict=True))
+        return _wanted(dx, totals, parameters, channels, ctx.needs_input_grad)
+
+
+def _wanted(dx: Tensor, totals: Tensor, parameters: tuple[Tensor, ...], channels: int, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Gradients in the order of the arguments; `totals` `[4, K]` are those to theta, leak, amplitude and v0."""
+    to_theta, to_leak, to_amplitude, to_v = (
+        total.reshape(parameter.shape) if parameter.numel() == channels else total.sum().reshape(parameter.shape)
+        for total, parameter in zip(totals, parameters, strict=True)
+    )
+    wanted = (dx, to_v, to_theta, to_leak, to_amplitude, None)
+    return tuple(value if need else None for value, need in zip(wanted, needed, strict=True))
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:

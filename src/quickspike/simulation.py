@@ -103,7 +103,7 @@ def _in_parts(snn: SpikingNetwork, images: Tensor, memory: int) -> Run:
     """The same numbers, with no more at a time than fits."""
     size = parts(snn, images, memory)
     run = _layer_by_layer if size.steps == snn.steps else partial(_in_time, steps=size.steps)
-    runs = [run(snn, part) for part in images.split(size.samples)]
+    runs = [run(snn, part) for part in torch.split(images, size.samples)]
     spikes = {site: torch.cat([one.spikes[site] for one in runs]) for site in runs[0].spikes}
     return Run(torch.cat([one.logits for one in runs], 1), spikes)
 
