@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import quickspike as qs
 from quickspike import kernels
 from quickspike.neuron import Surrogate, SurrogateShape, _Rule, _Scan
 
@@ -133,3 +134,48 @@ def test_sums_do_not_depend_on_the_number_of_threads() -> None:
 )
 def test_the_rest_is_left_to_the_reference(currents: Tensor, theta: Tensor, shape: SurrogateShape) -> None:
     assert not kernels.applies(currents, (theta,), 2, shape)
+
+
+# As an operator
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own check looks at it
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("constant", [False, True])
+def test_the_operator_keeps_torchs_rules(constant: bool, dtype: torch.dtype) -> None:
+    currents, parameters = case((2, 6, 3, 3), 1 if constant else 3, per_channel=True)
+    settings = kernels._plain(_Rule(3, constant, False, SURROGATES["triangular"]))
+    inputs = [currents.to(dtype).contiguous(memory_format=torch.channels_last), *parameters]
+    torch.library.opcheck(kernels.fire_operator, (*(value.clone().requires_grad_(True) for value in inputs), None, *settings))
+    torch.library.opcheck(kernels.fire_operator, (*inputs, torch.uint8, *settings))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_network_compiles_without_graph_breaks_and_learns(backend: str) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(80, 3))
+    snn = qs.convert(model, images, "ultra_low_latency", steps=2).to(memory_format=torch.channels_last)
+    for neuron in snn.neurons().values():
+        neuron.threshold.requires_grad_(True)
+    learned = [parameter for parameter in snn.parameters() if parameter.requires_grad]
+    torch.compiler.reset()
+    found = []
+    for network in (snn, torch.compile(snn, backend=backend, fullgraph=True)):
+        logits = network(images)
+        found.append((logits.detach(), *torch.autograd.grad(logits.square().sum(), learned)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()
+
+
+def test_an_exported_network_calls_the_operator() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3)).eval()
+    for precision in ("fp32", "bf16"):
+        snn = qs.accelerate(qs.convert(model, images, "threshold_balancing", steps=2), "fused", precision=precision)
+        with torch.no_grad():
+            program = torch.export.export(snn, (images,), strict=True)
+            assert "quickspike.fire" in str(program.graph)
+            torch.testing.assert_close(program.module()(images), snn(images))

@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -44,6 +44,14 @@ def _triton() -> Any:
         return None
 
 
+def _is_there(gpu: bool) -> bool:
+    return (_triton() if gpu else _loops()) is not None
+
+
+_as_constant: Any = torch.compiler.assume_constant_result
+_available: Callable[[bool], bool] = _as_constant(_is_there)
+
+
 def _on_gpu(x: Tensor) -> bool:
     return x.device.type == "cuda"
 
@@ -61,7 +69,7 @@ def applies(current: Tensor, parameters: Sequence[Tensor], steps: int, shape: st
         per_channel = parameter.numel() == channels and parameter.ndim == current.ndim - 1 and parameter.shape[0] == channels
         if parameter.dtype != torch.float32 or not (parameter.numel() == 1 or per_channel):
             return False
-    return _dense(current) is not None and (_triton() if _on_gpu(current) else _loops()) is not None
+    return _dense(current) is not None and _available(_on_gpu(current))
 
 
 def _dense(x: Tensor) -> tuple[Tensor, int] | None:
@@ -220,63 +228,69 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Tensor, rule: Any) -> Tensor:
-        dense = _dense(current)
         ctx.save_for_backward(current, v, theta, leak, amplitude)
-        ctx.rule, ctx.inner = rule, 1 if dense is None else dense[1]
+        ctx.rule = rule
         return fire(current, v, theta, leak, amplitude, rule)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         current, v, theta, leak, amplitude = ctx.saved_tensors
-        rule, half = ctx.rule, current.dtype == torch.bfloat16
-        gradient = _like(gradients[0].to(current.dtype), current)
-        dx = torch.empty_like(current)
-        parameters = (theta, leak, amplitude, v)
-        channels = max(parameter.numel() for parameter in parameters)
-        if _on_gpu(current):
-            level = _firing_level(theta, rule.strict)
-            shares = _triton().gradients(current, gradient, dx, v, theta, level, leak, amplitude, channels, ctx.inner, rule)
-            # `[4, N]` to `[4, K]`: N counts channels, and `inner` neighbours of each.
-            totals = shares.double().view(4, -1, channels, ctx.inner).sum((1, 3)).float()
-            return _wanted(dx, totals, parameters, channels, ctx.needs_input_grad)
-        length = _loops().block_length(channels, ctx.inner)
-        groups = _groups(gradient.numel() // rule.steps, length)
-        sums = np.zeros((groups, 4, channels), np.float32)
-        surrogate = rule.surrogate
-        _share_out(
-            _loops().backward,
-            groups,
-            _bits(current, 1 if rule.constant else rule.steps),
-            _bits(gradient, rule.steps),
-            _bits(dx, 1 if rule.constant else rule.steps),
-            _flat(v),
-            _flat(theta),
-            _flat(_firing_level(theta, rule.strict)),
-            _flat(leak),
-            _flat(amplitude),
-            sums,
-            ctx.inner,
-            length,
-            rule.steps,
-            rule.constant,
-            half,
-            SHAPES[surrogate.shape],
-            np.float32(1 / surrogate.width),
-            np.float32(surrogate.scale),
-            surrogate.unscaled,
-        )
-        totals = torch.from_numpy(sums.sum(0, dtype=np.float64).astype(np.float32))
-        return _wanted(dx, totals, parameters, channels, ctx.needs_input_grad)
+        found = _gradients(gradients[0], current, v, theta, leak, amplitude, ctx.rule)
+        return tuple(value if need else None for value, need in zip((*found, None), ctx.needs_input_grad, strict=True))
 
 
-def _wanted(dx: Tensor, totals: Tensor, parameters: tuple[Tensor, ...], channels: int, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+def _gradients(
+    gradient: Tensor, current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Tensor, rule: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to current, v, theta, leak and amplitude."""
+    dense = _dense(current)
+    inner = 1 if dense is None else dense[1]
+    gradient = _like(gradient.to(current.dtype), current)
+    dx = torch.empty_like(current)
+    parameters = (theta, leak, amplitude, v)
+    channels = max(parameter.numel() for parameter in parameters)
+    if _on_gpu(current):
+        level = _firing_level(theta, rule.strict)
+        shares = _triton().gradients(current, gradient, dx, v, theta, level, leak, amplitude, channels, inner, rule)
+        # `[4, N]` to `[4, K]`: N counts channels, and `inner` neighbours of each.
+        totals = shares.double().view(4, -1, channels, inner).sum((1, 3)).float()
+        return _wanted(dx, totals, parameters, channels)
+    length = _loops().block_length(channels, inner)
+    groups = _groups(gradient.numel() // rule.steps, length)
+    sums = np.zeros((groups, 4, channels), np.float32)
+    surrogate = rule.surrogate
+    _share_out(
+        _loops().backward,
+        groups,
+        _bits(current, 1 if rule.constant else rule.steps),
+        _bits(gradient, rule.steps),
+        _bits(dx, 1 if rule.constant else rule.steps),
+        _flat(v),
+        _flat(theta),
+        _flat(_firing_level(theta, rule.strict)),
+        _flat(leak),
+        _flat(amplitude),
+        sums,
+        inner,
+        length,
+        rule.steps,
+        rule.constant,
+        current.dtype == torch.bfloat16,
+        SHAPES[surrogate.shape],
+        np.float32(1 / surrogate.width),
+        np.float32(surrogate.scale),
+        surrogate.unscaled,
+    )
+    return _wanted(dx, torch.from_numpy(sums.sum(0, dtype=np.float64).astype(np.float32)), parameters, channels)
+
+
+def _wanted(dx: Tensor, totals: Tensor, parameters: tuple[Tensor, ...], channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients in the order of the arguments; `totals` `[4, K]` are those to theta, leak, amplitude and v0."""
     to_theta, to_leak, to_amplitude, to_v = (
-        total.reshape(parameter.shape) if parameter.numel() == channels else total.sum().reshape(parameter.shape)
+        (total if parameter.numel() == channels else total.sum()).reshape(parameter.shape)
         for total, parameter in zip(totals, parameters, strict=True)
     )
-    wanted = (dx, to_v, to_theta, to_leak, to_amplitude, None)
-    return tuple(value if need else None for value, need in zip(wanted, needed, strict=True))
+    return dx, to_v, to_theta, to_leak, to_amplitude
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
@@ -288,4 +302,94 @@ def _like(x: Tensor, other: Tensor) -> Tensor:
 
 def fused(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Tensor, rule: Any) -> Tensor:
     """Outputs `[T*B, ...]`; arguments as of `neuron.integrate`, such that `applies` is true."""
+    if torch.compiler.is_compiling():
+        return cast(Tensor, fire_operator(current, v, theta, leak, amplitude, None, *_plain(rule)))
     return cast(Tensor, _Fused.apply(current, v, theta, leak, amplitude, rule))
+
+
+def fired(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Tensor, rule: Any, dtype: torch.dtype) -> Tensor:
+    """Outputs in the type `dtype`, see `fire`, without a gradient."""
+    if torch.compiler.is_compiling():
+        return cast(Tensor, fire_operator(current, v, theta, leak, amplitude, dtype, *_plain(rule)))
+    return fire(current, v, theta, leak, amplitude, rule, dtype)
+
+
+# The same as an operator that torch.compile and torch.export see through. Called directly it costs some 50 microseconds
+# more than the function, so it is used only there.
+
+
+class _Surrogate(NamedTuple):
+    shape: str
+    width: float
+    scale: float
+    unscaled: bool
+
+
+class _Plain(NamedTuple):
+    steps: int
+    constant: bool
+    strict: bool
+    surrogate: _Surrogate
+
+
+Settings = tuple[int, bool, bool, str, float, float, bool]
+_SETTINGS = "int steps, bool constant, bool strict, str shape, float width, float scale, bool unscaled"
+_TENSORS = "Tensor current, Tensor v, Tensor theta, Tensor leak, Tensor amplitude"
+
+
+def _plain(rule: Any) -> Settings:
+    surrogate = rule.surrogate
+    return rule.steps, rule.constant, rule.strict, surrogate.shape, surrogate.width, surrogate.scale, surrogate.unscaled
+
+
+def _rule(settings: Sequence[Any]) -> _Plain:
+    steps, constant, strict, *surrogate = settings
+    return _Plain(steps, constant, strict, _Surrogate(*surrogate))
+
+
+def _operator(
+    current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Tensor, dtype: torch.dtype | None, *settings: Any
+) -> Tensor:
+    return fire(current, v, theta, leak, amplitude, _rule(settings), dtype)
+
+
+def _operator_backward(
+    gradient: Tensor, current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dx, *rest = _gradients(gradient, current, v, theta, leak, amplitude, _rule(settings))
+    to_v, to_theta, to_leak, to_amplitude = (value.clone() for value in rest)  # rows of one tensor otherwise
+    return dx, to_v, to_theta, to_leak, to_amplitude
+
+
+fire_operator: Any = torch.library.custom_op(
+    "quickspike::fire", _operator, mutates_args=(), schema=f"({_TENSORS}, ScalarType? dtype, {_SETTINGS}) -> Tensor"
+)
+_backward_operator: Any = torch.library.custom_op(
+    "quickspike::fire_backward",
+    _operator_backward,
+    mutates_args=(),
+    schema=f"(Tensor gradient, {_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def _fake(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Tensor, dtype: torch.dtype | None, *settings: Any) -> Tensor:
+    return _empty_outputs(current, settings[0], settings[1], dtype)
+
+
+def _fake_backward(gradient: Tensor, *tensors_and_settings: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(tensor) for tensor in tensors_and_settings[:5])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.settings = inputs[6:]
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    found = _backward_operator(gradient, *ctx.saved_tensors, *ctx.settings)
+    return (*found, *(None,) * (1 + len(ctx.settings)))
+
+
+fire_operator.register_fake(_fake)
+_backward_operator.register_fake(_fake_backward)
+fire_operator.register_autograd(_differentiate, setup_context=_keep)

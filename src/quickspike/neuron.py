@@ -285,7 +285,7 @@ class Neuron(Timed):
         rule = _Rule(self.steps, constant, self.strict, self.surrogate)
         compiled = self.compiled and kernels.applies(x, (initial, theta, leak, amplitude), self.steps, self.surrogate.shape)
         if compiled and self.output is not None:
-            return kernels.fire(x, initial, theta, leak, amplitude, rule, self.output)
+            return kernels.fired(x, initial, theta, leak, amplitude, rule, self.output)
         if compiled:
             out = kernels.fused(x, initial, theta, leak, amplitude, rule)
         else:
