@@ -254,6 +254,18 @@ def test_convert_evaluate_end_to_end(model: Path, tmp_path: Path, run: Any) -> N
         assert data[key] == again[key]
 
 
+@pytest.mark.parametrize(("engine", "expected"), [("auto", "fused"), ("integer", "integer"), ("reference", "reference")])
+def test_evaluate_on_an_engine(engine: str, expected: str, network: Path, run: Any) -> None:
+    result = run("evaluate", str(network), "--data", "digits", "--images", "40", "--engine", engine, "--json")
+    assert result.code == 0
+    assert json.loads(result.out)["settings"]["engine"]["name"] == expected
+
+
+def test_evaluate_refuses_an_engine_that_cannot(network: Path, run: Any) -> None:
+    failed(run("evaluate", str(network), "--data", "digits", "--engine", "count"), "streams", "synchronous=True")
+    failed(run("evaluate", str(network), "--data", "digits", "--engine", "integer", "--bits", "9"), "bits must be")
+
+
 def test_convert_equals_the_library(model: Path, network: Path) -> None:
     from quickspike.data import load_data
     from quickspike.models import load_model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -229,3 +230,33 @@ def test_byte_linear_layers_are_exact(bias: bool) -> None:
             parameter.copy_(torch.randint(-127, 128, parameter.shape, generator=generator))
     x = torch.randint(0, 256, (5, 300), generator=generator, dtype=torch.uint8)
     assert torch.equal(ByteLinear(layer)(x).double(), copy.deepcopy(layer).double()(x.double()))
+
+
+@pytest.mark.parametrize("engine", ["reference", "fused", "integer", "auto"])
+def test_an_evaluation_names_its_engine(engine: Any, small: tuple[SpikingNetwork, Tensor]) -> None:
+    snn, images = small
+    data = [(images, torch.arange(6) % 10)]
+    report = qs.evaluate(snn, data, steps=(1, 4), engine=engine, bits=5)
+    made = report.settings["engine"]
+    assert made["name"] == ("fused" if engine == "auto" else engine)
+    wanted = qs.evaluate(quantise(snn, 5).network if engine == "integer" else snn, data, steps=(1, 4))
+    assert (report.accuracy, report.rates) == (wanted.accuracy, wanted.rates)
+    assert wanted.settings["engine"] is None
+
+
+def test_an_evaluation_counts_every_window_on_its_own(small: tuple[SpikingNetwork, Tensor]) -> None:
+    snn, images = small
+    data = [(images, torch.arange(6) % 10)]
+    waiting = snn.as_synchronous()
+    report = qs.evaluate(waiting, data, steps=(1, 2, 4), engine="count")
+    wanted = qs.evaluate(quantise(waiting).network, data, steps=(1, 2, 4))
+    assert report.accuracy == wanted.accuracy
+    assert report.latency == wanted.latency
+
+
+def test_without_onednn_the_integer_engines_are_refused(small: tuple[SpikingNetwork, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quickspike.engines.available", lambda: False)
+    with pytest.raises(OptionError, match="the integer engine needs a build of torch with oneDNN"):
+        accelerate(small[0], "integer")
+    whole = quantise(small[0]).network
+    assert accelerate(whole).provenance["engine"]["name"] == "fused"

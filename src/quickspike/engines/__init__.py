@@ -13,7 +13,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from quickspike.conversion import SpikingNetwork
 from quickspike.engines.count import MOST, sum_over_steps
 from quickspike.engines.half import to_bfloat16
-from quickspike.engines.integer import Bytes
+from quickspike.engines.integer import Bytes, available
 from quickspike.errors import OptionError
 from quickspike.memory import in_bytes
 from quickspike.quantisation import quantise
@@ -52,6 +52,8 @@ def accelerate(
     device = next(snn.parameters()).device.type
     if name in ("integer", "count") and device != "cpu":
         raise OptionError(f"the {name} engine runs on the CPU, the network is on {device}; move it with .cpu(), or take fused")
+    if name in ("integer", "count") and not available():
+        raise OptionError(f"the {name} engine needs a build of torch with oneDNN (x86-64); take fused")
     network, kept = copy.deepcopy(snn), tuple[str, ...]()
     if name in ("integer", "count"):
         if "weight_bits" not in snn.provenance:
@@ -80,6 +82,8 @@ def _chosen(snn: SpikingNetwork, precision: Precision) -> tuple[Engine, str]:
     device = next(snn.parameters()).device.type
     if device != "cpu":
         return "fused", f"the other engines run on the CPU, the network is on {device}"
+    if not available():
+        return "fused", "this build of torch has no oneDNN"
     if "weight_bits" not in snn.provenance or precision == "bf16":
         return "fused", "exact for weights in floating point"
     windows = all(neuron.averaged or neuron.constant_input for neuron in snn.neurons().values())

@@ -20,6 +20,11 @@ from quickspike.quantisation import LARGEST_COUNT, PADS
 WEIGHT = 127
 
 
+def available() -> bool:
+    """True if this build of torch has oneDNN's operators."""
+    return all(hasattr(torch.ops.onednn, name) for name in ("qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_pointwise"))
+
+
 class _Packed:
     """Weights as oneDNN lays them out: opaque, never changed, so that copies share them."""
 
