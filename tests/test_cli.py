@@ -262,7 +262,6 @@ def test_evaluate_on_an_engine(engine: str, expected: str, network: Path, run: A
 
 
 def test_evaluate_refuses_an_engine_that_cannot(network: Path, run: Any) -> None:
-    failed(run("evaluate", str(network), "--data", "digits", "--engine", "count"), "streams", "synchronous=True")
     failed(run("evaluate", str(network), "--data", "digits", "--engine", "integer", "--bits", "9"), "bits must be")
 
 

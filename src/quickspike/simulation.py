@@ -142,12 +142,12 @@ class _Part(fx.Interpreter):
 def _step_by_step(snn: SpikingNetwork, images: Tensor, exit: Exit | None = None) -> Run:
     running, states, constants = torch.arange(len(images), device=images.device), dict[str, Any](), _constants(snn, images)
     stopped = torch.full_like(running, snn.steps)
-    logits, spikes, total = list[Tensor](), dict[str, Tensor](), 0.0
+    logits, spikes, outputs = list[Tensor](), dict[str, Tensor](), list[Tensor]()
     for step in range(1, snn.steps + 1):
         part = _Part(snn, states, 1)
-        out = part.run(images, initial_env=dict(constants))
-        states, total = part.states, total + out
-        mean = total / step
+        outputs.append(part.run(images, initial_env=dict(constants)))
+        states = part.states
+        mean = readout(torch.stack(outputs))[-1]
         if len(running) == len(stopped):
             logits.append(mean)
         else:
@@ -164,7 +164,7 @@ def _step_by_step(snn: SpikingNetwork, images: Tensor, exit: Exit | None = None)
         if not len(going):
             logits += [logits[-1]] * (snn.steps - step)
             break
-        running, images, total = running[going], images[going], total[going]
+        running, images, outputs = running[going], images[going], [out[going] for out in outputs]
         # Sizes are among the constants, so these are computed anew.
         states, constants = _some(states, going), _constants(snn, images)
     return Run(torch.stack(logits), spikes, None if exit is None else stopped)
