@@ -1,11 +1,11 @@
-# make demo | make test | make check | make setup | make clean
+# make demo | make test | make check | make bench | make setup | make clean
 # Each sets up .venv first if that is not done yet; afterwards nothing needs the network.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check setup clean
+.PHONY: demo test check bench setup clean
 
 demo: $(READY)
 	@$(BIN)/quickspike demo
@@ -17,6 +17,10 @@ check: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+bench: $(READY)
+	@$(BIN)/python bench/engines.py --models vgg16 resnet20 --steps 1 4 --repetitions 5
+	@$(BIN)/python bench/tuning_step.py
 
 setup: $(READY)
 

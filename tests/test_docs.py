@@ -24,13 +24,16 @@ ROOT = Path(__file__).parent.parent
 def test_the_python_in_the_readme_runs(digits_source, digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(code) == 1
+    assert len(code) == 2
     loader = digits.loader("test")
     images = next(iter(loader))[0]
-    names = {"model": digits_source, "images": images, "calibration": digits.loader("train", limit=200), "test_loader": loader}
-    exec(code[0], names)
+    names = {"model": digits_source, "images": images, "calibration": digits.loader("train", limit=200), "test_loader": loader, "held_out": loader}
+    for part in code:
+        exec(part, names)
     assert names["logits"].shape == (len(images), 10)
     assert names["report"].accuracy[8] > 95
+    assert names["fast"].provenance["engine"]["name"] == "integer"
+    assert names["run"].stopped.shape == (len(images),)
     assert (tmp_path / "network.safetensors").is_file()
 
 

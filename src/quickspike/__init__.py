@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from quickspike.checkpoint import load
     from quickspike.conversion import SpikingNetwork
     from quickspike.coverage import Coverage
+    from quickspike.early_exit import calibrate_exit
     from quickspike.engines import accelerate
     from quickspike.errors import QuickspikeError
     from quickspike.evaluation import Report, evaluate
@@ -30,6 +31,7 @@ _HOMES = {
     "SpikingNetwork": "conversion",
     "Coverage": "coverage",
     "accelerate": "engines",
+    "calibrate_exit": "early_exit",
     "QuickspikeError": "errors",
     "Report": "evaluation",
     "evaluate": "evaluation",
@@ -53,6 +55,7 @@ __all__ = [
     "Surrogate",
     "__version__",
     "accelerate",
+    "calibrate_exit",
     "convert",
     "evaluate",
     "inspect",
