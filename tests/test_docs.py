@@ -27,7 +27,8 @@ def test_the_python_in_the_readme_runs(digits_source, digits, tmp_path, monkeypa
     assert len(code) == 2
     loader = digits.loader("test")
     images = next(iter(loader))[0]
-    names = {"model": digits_source, "images": images, "calibration": digits.loader("train", limit=200), "test_loader": loader, "held_out": loader}
+    names = {"model": digits_source, "images": images, "calibration": digits.loader("train", limit=200)}
+    names |= {"test_loader": loader, "held_out": loader}
     for part in code:
         exec(part, names)
     assert names["logits"].shape == (len(images), 10)
