@@ -175,7 +175,7 @@ def test_it_is_not_saved(small: tuple[SpikingNetwork, Tensor], tmp_path: Path) -
 
 def test_unknown_engines_are_refused(small: tuple[SpikingNetwork, Tensor]) -> None:
     with pytest.raises(OptionError, match="engine must be one of auto, reference, fused, integer, count, got 'quick'"):
-        accelerate(small[0], "quick")  # type: ignore[arg-type]
+        accelerate(small[0], "quick")
     with pytest.raises(OptionError, match="precision must be fp32, or bf16 with the fused engine, got 'bf16' with integer"):
         accelerate(small[0], "integer", precision="bf16")
 

@@ -25,7 +25,7 @@ def test_amounts(text: str | int, expected: int) -> None:
 @pytest.mark.parametrize("text", ["", "much", "2 GiBB", "-1", "0", True, "1e9", "GiB"])
 def test_what_is_no_amount(text: object) -> None:
     with pytest.raises(OptionError, match="number with a unit such as 2GiB or 500MB"):
-        in_bytes(text)  # type: ignore[arg-type]
+        in_bytes(text)
 
 
 @pytest.fixture(scope="module")

@@ -156,7 +156,7 @@ def test_heights_per_neuron_stay_in_floating_point() -> None:
 def test_bits_out_of_range(bits: object) -> None:
     snn = qs.convert(Two(), torch.randn(4, 3), "threshold_balancing", steps=1)
     with pytest.raises(OptionError, match="bits must be a whole number in"):
-        quantise(snn, bits)  # type: ignore[arg-type]
+        quantise(snn, bits)
 
 
 def test_it_is_saved_like_any_other(tmp_path: Path) -> None:
