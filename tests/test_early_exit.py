@@ -114,6 +114,10 @@ def test_what_cannot_stop_early_is_refused(spiking_digits: Callable[[str], qs.Sp
         calibrate_exit(snn, [])
     with pytest.raises(DataError, match="has no labels"):
         calibrate_exit(snn, [images])
+    with pytest.raises(DataError, match="labels must be"):
+        calibrate_exit(snn, [(images, labels.float())])
+    with pytest.raises(OptionError, match="needs two classes or more"):
+        margins(torch.ones(3, 1))
     whole = qs.quantise(snn.as_synchronous()).network
     with pytest.raises(ConversionError, match="no steps"):
         simulate(qs.accelerate(whole, "count"), images, exit=Exit(1.0, 1.0, 0.0))

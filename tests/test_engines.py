@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import quickspike as qs
+from quickspike.api import tune
 from quickspike.conversion import SpikingNetwork
 from quickspike.engines import accelerate
 from quickspike.engines.integer import ByteConv2d, ByteLinear, ByteMax, ByteSum2d
@@ -260,3 +261,12 @@ def test_without_onednn_the_integer_engines_are_refused(small: tuple[SpikingNetw
         accelerate(small[0], "integer")
     whole = quantise(small[0]).network
     assert accelerate(whole).provenance["engine"]["name"] == "fused"
+
+
+@pytest.mark.parametrize("engine", ["fused", "integer"])
+def test_an_accelerated_network_is_neither_accelerated_again_nor_tuned(engine: Any, small: tuple[SpikingNetwork, Tensor]) -> None:
+    fast = accelerate(small[0], engine)
+    with pytest.raises(OptionError, match=f"made for the {engine} engine; accelerate the one it was made from"):
+        accelerate(fast)
+    with pytest.raises(ConversionError, match=f"made for the {engine} engine cannot learn; tune the one it was made from"):
+        tune(fast, None)  # refused before the trainer is looked at

@@ -90,3 +90,15 @@ def test_a_network_keeps_its_budget(chain: tuple[qs.SpikingNetwork, Tensor], mon
         assert torch.allclose(fast(images), snn(images), atol=1e-5)
     assert max(seen) < len(images)
     assert sum(seen[1:]) == len(images)
+
+
+def test_the_demand_is_measured_once(chain: tuple[qs.SpikingNetwork, Tensor]) -> None:
+    snn, images = chain
+    snn = snn.with_steps(5)
+    seen: list[int] = []
+    snn.network.get_submodule("0").register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    with torch.no_grad():
+        simulate(snn, images, memory="1GB")
+        simulate(snn, images, memory="1GB")
+    assert seen == [1, len(images), len(images)]
+    assert parts(snn.with_steps(6), images, 10**6) != parts(snn, images, 10**6)

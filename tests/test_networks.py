@@ -258,7 +258,7 @@ def test_a_wide_stem_has_three_convolutions_and_a_pooling() -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_batch_norm_bias_and_pooling_are_as_asked_for(name: str) -> None:
-    without = on_meta(name, batch_norm=False, bias=False, pool="max")
+    without = on_meta(name, batch_norm=False, bias=False, **({"pool": "max"} if NETWORKS[name].plan.pools else {}))
     assert not having(without, nn.BatchNorm2d, nn.AvgPool2d)
     assert all(layer.bias is None for layer in having(without, *LAYERS))
     assert without(example(name, device="meta")).shape == (2, NETWORKS[name].options.classes)
@@ -269,6 +269,13 @@ def test_batch_norm_bias_and_pooling_are_as_asked_for(name: str) -> None:
     # Before activation there is one for every 3 x 3 convolution: not for the stem's first, but one more in the head.
     assert norms == len([layer for layer in convolutions if layer.kernel_size != (1, 1) or not name.startswith("preact")])
     assert len(having(with_all, nn.AvgPool2d)) == len(having(without, nn.MaxPool2d))
+
+
+@pytest.mark.parametrize("name", ["fast_cnn", "mnist_cnn", "resnet18", "preact_resnet18"])
+def test_a_pooling_that_is_not_there_has_no_kind(name: str) -> None:
+    assert not NETWORKS[name].plan.pools
+    with pytest.raises(OptionError, match=f"{name} has no 2 x 2 pooling whose kind could be 'max'"):
+        build(name, pool="max")
 
 
 @pytest.mark.parametrize("name", NETWORKS)

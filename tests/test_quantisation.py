@@ -167,3 +167,35 @@ def test_it_is_saved_like_any_other(tmp_path: Path) -> None:
     loaded = qs.load(tmp_path / "network.safetensors")
     assert torch.equal(loaded(images), network(images))
     assert loaded.provenance["weight_bits"] == 5
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scale", [0.0, 1e-12])
+def test_channels_without_weights_neither_fire_by_themselves_nor_spoil_their_layer(scale: float, bias: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Two()
+    with torch.no_grad():
+        model.second.weight[1:3] *= scale
+        if bias:
+            model.second.bias[1], model.second.bias[2] = 0.3, -0.3
+        else:
+            model.second.bias.zero_()
+    images = torch.randn(200, 3)
+    snn = qs.convert(model, images, "threshold_balancing", steps=8)
+    quantised = quantise(snn)
+    assert quantised.kept == ("first: reads no spikes",)
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in quantised.network.parameters())
+    site = list(snn.neurons())[1]
+    expected, found = simulate(snn, images).spikes[site], simulate(quantised.network, images).spikes[site]
+    assert torch.equal(found[:, 1:3], expected[:, 1:3])
+    assert bool(expected[:, 1].any()) == bias
+    quantised.network.save(tmp_path / "a.safetensors")
+    with torch.no_grad():
+        assert torch.equal(qs.accelerate(snn, "integer")(images), quantised.network(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused(dtype: torch.dtype) -> None:
+    snn = qs.convert(Two(), torch.randn(8, 3), "threshold_balancing", steps=1).to(dtype)
+    with pytest.raises(OptionError, match=r"call quantise\(snn.float\(\)\)"):
+        quantise(snn)

@@ -107,7 +107,14 @@ def tune(snn: SpikingNetwork, trainer: Trainer, tuning: Tuning | None = None) ->
 
     Returns:
         A trained copy in evaluation mode, on the trainer's device.
+
+    Raises:
+        ConversionError: the network was accelerated, which leaves it nothing to learn with.
     """
+    if "engine" in snn.provenance:
+        raise ConversionError(
+            f"a network made for the {snn.provenance['engine']['name']} engine cannot learn; tune the one it was made from"
+        )
     tuned = copy.deepcopy(snn)
     trainer.fabric.to_device(tuned)
     method = Method.from_json(snn.method)

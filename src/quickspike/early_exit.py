@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from quickspike.data import Batches, labelled_batches
 from quickspike.errors import DataError, OptionError
+from quickspike.evaluation import check_labels
 from quickspike.simulation import simulate
 
 if TYPE_CHECKING:
@@ -33,7 +34,13 @@ class Exit:
 
 
 def margins(logits: Tensor) -> Tensor:
-    """Largest minus second-largest logit, `[..., K]` to `[...]`."""
+    """Largest minus second-largest logit, `[..., K]` to `[...]`.
+
+    Raises:
+        OptionError: there is one class only.
+    """
+    if logits.shape[-1] < 2:
+        raise OptionError(f"an early exit needs two classes or more, got logits of shape {list(logits.shape)}")
     best = logits.topk(2, dim=-1).values
     return best[..., 0] - best[..., 1]
 
@@ -48,7 +55,7 @@ def calibrate_exit(snn: SpikingNetwork, data: Batches, loss: float = 0.1) -> Exi
 
     Raises:
         OptionError: loss is negative, or the network has no answer before its last step.
-        DataError: no labels, or no images.
+        DataError: no labels, labels that are no class numbers, or no images.
     """
     if not loss >= 0:
         raise OptionError(f"loss must be >= 0 percentage points, got {loss!r}")
@@ -57,10 +64,9 @@ def calibrate_exit(snn: SpikingNetwork, data: Batches, loss: float = 0.1) -> Exi
     right, leads = [], []
     with torch.inference_mode():
         for number, (images, labels) in enumerate(labelled_batches(data), 1):
-            if labels is None:
-                raise DataError(f"batch {number} has no labels; give (images, labels) pairs")
+            check_labels(images, labels, number)
             logits = simulate(snn, images.to(next(snn.parameters()))).logits
-            right.append((logits.argmax(2) == labels.to(logits.device)).cpu())
+            right.append((logits.argmax(2) == cast(Tensor, labels).to(logits.device)).cpu())
             leads.append(margins(logits).cpu())
     if not right:
         raise DataError("there are no images to calibrate the exit on")

@@ -134,7 +134,7 @@ def evaluate(
     started = time.perf_counter()
     with torch.inference_mode(), lower or fabric.autocast():
         for number, (images, labels) in enumerate(labelled_batches(data), 1):
-            _check_labels(images, labels, number)
+            check_labels(images, labels, number)
             if number % fabric.world_size != fabric.global_rank:
                 continue
             tally.add(fabric.to_device(images), fabric.to_device(labels), number)
@@ -168,7 +168,7 @@ def accuracy_of(network: nn.Module, data: Batches, fabric: Fabric) -> float:
     right, count = 0, 0
     with torch.inference_mode():
         for number, (images, labels) in enumerate(labelled_batches(data), 1):
-            _check_labels(images, labels, number)
+            check_labels(images, labels, number)
             if number % fabric.world_size == fabric.global_rank:
                 answers = _fitting(partial(network, fabric.to_device(images)), "the network", images, number).argmax(1)
                 right += int((answers == fabric.to_device(labels)).sum())
@@ -187,7 +187,8 @@ def _steps(steps: Sequence[int] | None, own: int) -> tuple[int, ...]:
     return tuple(sorted(set(steps)))
 
 
-def _check_labels(images: Tensor, labels: Tensor | None, number: int) -> None:
+def check_labels(images: Tensor, labels: Tensor | None, number: int) -> None:
+    """Raise DataError unless batch `number` is sound and has one whole number for every image."""
     check_batch(images, f"evaluation batch {number}")
     if labels is None:
         raise DataError(f"evaluation batch {number} has no labels; give (images, labels) pairs")

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
@@ -22,6 +23,9 @@ WORKSPACE = 1.5
 """Room for what libraries need beside the values themselves, as a multiple of these."""
 COUNTER = 8
 """Bytes of the spike counter of a neuron."""
+
+
+_DEMANDS: WeakKeyDictionary[SpikingNetwork, dict[Any, tuple[float, float]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,18 @@ def parts(snn: SpikingNetwork, images: Tensor, memory: int) -> Parts:
 
 
 def _demand(snn: SpikingNetwork, image: Tensor) -> tuple[float, float]:
-    """(bytes of one sample that do not depend on the number of steps, bytes of every step)."""
+    """(bytes of one sample that do not depend on the number of steps, bytes of every step).
+
+    Found once for a network, number of steps and kind of image: it takes a simulation of one sample.
+    """
+    known = _DEMANDS.setdefault(snn, {})
+    key = (snn.steps, tuple(image.shape), image.dtype, next(snn.parameters()).dtype)
+    if key not in known:
+        known[key] = _measured(snn, image)
+    return known[key]
+
+
+def _measured(snn: SpikingNetwork, image: Tensor) -> tuple[float, float]:
     probe = _Alive(snn.network)
     with torch.no_grad():
         probe.run(image)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from quickspike.errors import UnknownNameError
+from quickspike.errors import OptionError, UnknownNameError
 from quickspike.options import option, options_of, validate
 
 Pool = Literal["max", "average"]
@@ -74,6 +74,11 @@ class Chain:
     numbered: bool = False
     """Names the layers 0, 1, ..., in files of weights too, instead of conv1, norm1, relu1, ..."""
 
+    @property
+    def pools(self) -> bool:
+        """True if there is a 2 x 2 pooling."""
+        return "P" in self.layers.split()
+
 
 @dataclass(frozen=True)
 class Residual:
@@ -88,6 +93,11 @@ class Residual:
     style: Literal["post", "pre", "wide"]
     widths: tuple[int, ...]
     blocks: tuple[int, ...]
+
+    @property
+    def pools(self) -> bool:
+        """True if there is a 2 x 2 pooling."""
+        return self.style == "wide"
 
 
 @dataclass(frozen=True)
@@ -202,6 +212,8 @@ def build(name: str, **options: Any) -> nn.Module:
     row = NETWORKS[name]
     chosen = dataclasses.replace(row.options, name=name, **options)
     validate(chosen)
+    if chosen.pool != row.options.pool and not row.plan.pools:
+        raise OptionError(f"{name} has no 2 x 2 pooling whose kind could be {chosen.pool!r}")
     make = _Layers(row, chosen)
     network = _chain(row.plan, make) if isinstance(row.plan, Chain) else _residual_network(row.plan, make)
     _initialise(network, row.initial)

@@ -32,6 +32,9 @@ GRADES = 63
 """Largest whole number that stands for the sum of spikes of different heights."""
 LARGEST_COUNT = 255
 """Largest whole number that a signal between layers may take: it fits one byte."""
+FINEST = 2**20
+"""Largest whole number that a bias, a threshold or a height may become: a channel whose weights are tiny or 0 would
+otherwise have a grid so fine that nothing fits."""
 CLIPS = tuple(share / 20 for share in range(10, 21))
 """Shares of a channel's largest weight at which its grid may end."""
 
@@ -60,6 +63,10 @@ class _Grid:
     def unit(self) -> Tensor:
         """`[C]`; final only after all nodes were read."""
         return torch.stack(self.root.wanted).amax(0)
+
+    def want(self, unit: Tensor) -> None:
+        """Let the grid be no finer than `unit` `[C]`."""
+        self.root.wanted.append(unit)
 
     def merge(self, other: _Grid) -> None:
         if other.root is not self.root:
@@ -94,8 +101,10 @@ def quantise(snn: SpikingNetwork, bits: int = 8) -> Quantised:
         bits: of a weight with its sign, 2 to 8.
 
     Raises:
-        OptionError: bits is out of range.
+        OptionError: bits is out of range, or the network is in half precision, where sums are not exact.
     """
+    if next(snn.parameters()).dtype in (torch.float16, torch.bfloat16):
+        raise OptionError("whole numbers need single precision to be exact; call quantise(snn.float())")
     if type(bits) is not int or not 2 <= bits <= 8:
         raise OptionError(f"bits must be a whole number in [2, 8], got {bits!r}")
     network = copy.deepcopy(snn)
@@ -232,7 +241,10 @@ class _Quantiser:
 
     def _in_units(self, neuron: Neuron, grid: _Grid, node: fx.Node) -> None:
         """Let the threshold be a whole number of the grid."""
-        shape = (-1, *(1,) * (len(self._shape(node)) - 1))
+        channels, *rest = self._shape(node)
+        shape = (-1, *(1,) * len(rest))
+        theta = neuron.bounded()[0].detach()
+        grid.want(theta.expand(self._shape(node)).reshape(channels, -1).amax(1) / FINEST)
 
         def write() -> None:
             theta = neuron.bounded()[0].detach() / grid.unit.reshape(shape)
@@ -246,6 +258,8 @@ class _Quantiser:
             return None
         weight = layer.weight.detach() * _per_input(layer, cast(Tensor, x.known))
         unit = grid_of(weight, self.top)
+        if layer.bias is not None:
+            unit = unit.maximum(layer.bias.detach().abs() / FINEST)
         rounded = (weight / _rows(unit, weight)).abs().flatten(1).sum(1) * x.most
         bias = 0 if layer.bias is None else (layer.bias.detach() / unit).abs()
         if bool((rounded + bias >= EXACT / 2).any()):
@@ -310,6 +324,7 @@ class _Quantiser:
     def _scale(self, node: fx.Node, position: int, unit: Tensor, grid: _Grid) -> None:
         """Let an operand of a sum count in units of `grid`."""
         factor = Affine(len(unit))
+        grid.want(unit.abs() / FINEST)
         self._insert(node, _operand(node, position), factor, "scaled")
 
         def write() -> None:

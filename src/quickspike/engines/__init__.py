@@ -42,12 +42,14 @@ def accelerate(
         memory: what a simulation may take, in bytes or as "2GiB": it takes the batch in parts; None for all at once.
 
     Raises:
-        OptionError: no such engine or precision, the engine cannot run this network, or memory is no amount.
+        OptionError: `snn` is accelerated already, no such engine or precision, the engine cannot run this network, or memory is no amount.
     """
     if engine not in get_args(Engine):
         raise OptionError(f"engine must be one of {', '.join(get_args(Engine))}, got {engine!r}")
     if precision not in get_args(Precision) or (precision == "bf16" and engine not in ("auto", "fused")):
         raise OptionError(f"precision must be fp32, or bf16 with the fused engine, got {precision!r} with {engine}")
+    if "engine" in snn.provenance:
+        raise OptionError(f"this network was made for the {snn.provenance['engine']['name']} engine; accelerate the one it was made from")
     name, why = _chosen(snn, precision) if engine == "auto" else (engine, "asked for")
     device = next(snn.parameters()).device.type
     if name in ("integer", "count") and device != "cpu":

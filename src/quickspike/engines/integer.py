@@ -131,10 +131,9 @@ class Bytes:
         self.module = module
         self.most: dict[fx.Node, int | None] = {}
         self.floats: dict[fx.Node, fx.Node] = {}
-        self.layers: list[str] = []
-        """Names of the layers that compute in whole numbers."""
 
-    def rewrite(self) -> list[str]:
+    def rewrite(self) -> None:
+        """In place."""
         for node in list(self.module.graph.nodes):
             self.most[node] = most = self._most(node)
             if most is None:
@@ -144,7 +143,6 @@ class Bytes:
         self.module.delete_all_unused_submodules()
         self.module.graph.lint()
         self.module.recompile()
-        return self.layers
 
     def _layer(self, node: fx.Node) -> Any:
         return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -198,24 +196,22 @@ class Bytes:
         if type(layer) is Affine and not bool(layer.bias.any()) and _whole(layer.weight, LARGEST_COUNT) and bool((layer.weight >= 0).all()):
             total = most * int(layer.weight.max())
             if total <= LARGEST_COUNT:
-                self._replace(node, ByteScale(layer.weight.detach(), len(dimensions)), counted=False)
+                self._replace(node, ByteScale(layer.weight.detach(), len(dimensions)))
                 return total
         if type(layer) is nn.AvgPool2d and layer.divisor_override == 1 and _apart(layer):
             total = most * math.prod(_pair(layer.kernel_size))
             if total <= LARGEST_COUNT:
-                self._replace(node, ByteSum2d(_pair(layer.kernel_size)), counted=False)
+                self._replace(node, ByteSum2d(_pair(layer.kernel_size)))
                 return total
         if type(layer) in MAX_POOLS:
-            self._replace(node, ByteMax(layer), counted=False)
+            self._replace(node, ByteMax(layer))
             return most
         if type(layer) in (*PADS, nn.Flatten):
             return most
         return None
 
-    def _replace(self, node: fx.Node, layer: nn.Module, counted: bool = True) -> None:
+    def _replace(self, node: fx.Node, layer: nn.Module) -> None:
         name = f"{node.name}_bytes"
-        if counted:
-            self.layers.append(str(node.target))
         self.module.add_submodule(name, layer)
         node.target = name
 
