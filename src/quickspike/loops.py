@@ -79,6 +79,15 @@ def tile(parameter, start, size, inner, out):
 
 
 @_inline
+def tile_all(v0, theta, fires_at, leak, start, size, inner, begin, th, fa, lk):
+    """`tile` for the parameters that every loop reads."""
+    tile(v0, start, size, inner, begin)
+    tile(theta, start, size, inner, th)
+    tile(fires_at, start, size, inner, fa)
+    tile(leak, start, size, inner, lk)
+
+
+@_inline
 def integrate(current, leak, v, size, m):
     """M = current + leak v."""
     for i in range(size):
@@ -108,10 +117,7 @@ def forward(first, last, x, out, state, resume, v0, theta, fires_at, leak, heigh
         size = min(length, number - start)
         phase = phase_of(start, inner, channels)
         if phase != tiled:
-            tile(v0, start, length, inner, begin)
-            tile(theta, start, length, inner, th)
-            tile(fires_at, start, length, inner, fa)
-            tile(leak, start, length, inner, lk)
+            tile_all(v0, theta, fires_at, leak, start, length, inner, begin, th, fa, lk)
             tile(height, start, length, inner, high)
             tiled = phase
         if resume:
@@ -143,10 +149,7 @@ def count(first, last, x, out, v0, theta, fires_at, leak, channels, inner, lengt
         size = min(length, number - start)
         phase = phase_of(start, inner, channels)
         if phase != tiled:
-            tile(v0, start, length, inner, begin)
-            tile(theta, start, length, inner, th)
-            tile(fires_at, start, length, inner, fa)
-            tile(leak, start, length, inner, lk)
+            tile_all(v0, theta, fires_at, leak, start, length, inner, begin, th, fa, lk)
             tiled = phase
         v[:] = begin
         counts[:] = 0
@@ -278,10 +281,7 @@ def backward(
             if phase != tiled:
                 if tiled >= 0:
                     add_all(to_theta, to_leak, to_height, to_begin, tiled_at, length, inner, sums[group])
-                tile(v0, start, length, inner, begin)
-                tile(theta, start, length, inner, th)
-                tile(fires_at, start, length, inner, fa)
-                tile(leak, start, length, inner, lk)
+                tile_all(v0, theta, fires_at, leak, start, length, inner, begin, th, fa, lk)
                 tile(amplitude, start, length, inner, factor)
                 for i in range(length):
                     inverse[i] = np.float32(1.0) / th[i]
