@@ -7,6 +7,7 @@ import dataclasses
 import math
 import pickle
 import random
+import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.optim.muon import Muon
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -352,8 +354,8 @@ def test_no_epochs_leave_the_weights_alone(trainer: Callable[..., Trainer], tmp_
     assert not network.training
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
-def test_optimisers_are_torchs(name: str, trainer: Callable[..., Trainer], all_images: tuple[Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "muon"])
+def test_optimisers_are_those_of_their_libraries(name: str, trainer: Callable[..., Trainer], all_images: tuple[Tensor, Tensor]) -> None:
     network, expected = mlp(), mlp()
     trainer(epochs=5, batch_size=200, optimiser=name, learning_rate=0.01, momentum=0.8, weight_decay=0.1)(network, "a")
     matrices = [parameter for parameter in expected.parameters() if parameter.ndim > 1]
@@ -363,6 +365,7 @@ def test_optimisers_are_torchs(name: str, trainer: Callable[..., Trainer], all_i
         "sgd": lambda: torch.optim.SGD(groups, lr=0.01, momentum=0.8, nesterov=True),
         "adam": lambda: torch.optim.Adam(groups, lr=0.01, betas=(0.8, 0.999), amsgrad=True),
         "adamw": lambda: torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.999)),
+        "muon": lambda: Muon(groups, lr=0.01, momentum=0.8, nesterov=True, betas=(0.8, 0.999)),
     }[name]()
     images, labels = all_images
     for _ in range(5):
@@ -371,6 +374,28 @@ def test_optimisers_are_torchs(name: str, trainer: Callable[..., Trainer], all_i
         optimiser.step()
     for one, other in zip(network.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_muon_evens_out_the_directions_of_a_convolutions_step(trainer: Callable[..., Trainer]) -> None:
+    def spread(optimiser: str) -> float:
+        torch.manual_seed(0)
+        convolution = nn.Conv2d(8, 16, 3)
+        network = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), convolution, nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
+        network(torch.zeros(1, 1, 8, 8))
+        weight = convolution.weight
+        before = weight.detach().clone()
+        trainer(epochs=1, batch_size=200, optimiser=optimiser, weight_decay=0.0)(network, "a")
+        values = torch.linalg.svdvals((weight.detach() - before).flatten(1))
+        return float(values.max() / values.min())
+
+    assert spread("muon") < 4
+    assert spread("sgd") > 5 * spread("muon")
+
+
+def test_muon_without_timm_says_what_to_install(monkeypatch: pytest.MonkeyPatch, trainer: Callable[..., Trainer]) -> None:
+    monkeypatch.setitem(sys.modules, "timm.optim.muon", None)
+    with pytest.raises(OptionError, match=r"needs timm 1\.0\.21 or later: pip install 'quickspike\[timm\]'"):
+        trainer(optimiser="muon")(mlp(), "a")
 
 
 # What is computed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
@@ -181,6 +182,15 @@ def probe_at(site: Site, activation: nn.Module) -> CeilingProbe:
     return activation
 
 
+def mark(compare: Callable[..., Tensor], x: Tensor, bound: Tensor | float) -> Tensor:
+    """1 where `compare(x, bound)` holds, 0 elsewhere, in the type of `x`.
+
+    A boolean mask says the same, but a product of booleans and bfloat16 numbers is not vectorised on the CPU and takes
+    ten times as long.
+    """
+    return compare(x, bound, out=torch.empty_like(x))
+
+
 class _Clip(torch.autograd.Function):
     """clamp(x, 0, ceiling); dL/dceiling sums the gradient of the clipped elements (arXiv 2112.12133, section 2)."""
 
@@ -193,9 +203,10 @@ class _Clip(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
         x, ceiling = ctx.saved_tensors
         (gradient,) = gradients
-        above = x > ceiling
+        above = mark(torch.gt, x, ceiling.to(x))
         to_ceiling = reduced(gradient * above, ceiling) if ctx.needs_input_grad[1] else None
-        return gradient * ((x > 0) & ~above), to_ceiling
+        # A ceiling is positive: what is above it is above 0 too.
+        return mark(torch.gt, x, 0).sub_(above).mul_(gradient), to_ceiling
 
 
 def clip(x: Tensor, ceiling: Tensor) -> Tensor:

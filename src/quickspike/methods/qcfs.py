@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from quickspike.activations import Granularity, LearnedCeiling, ceiling_at
+from quickspike.activations import Granularity, LearnedCeiling, ceiling_at, mark
 from quickspike.data import ImageStream
 from quickspike.graph import Site, Traced
 from quickspike.method import Method, Paper, register
@@ -94,7 +94,7 @@ class _Quantise(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, mu: Tensor, levels: int, support: Support) -> Tensor:
         ctx.save_for_backward(z, mu)
         ctx.levels, ctx.support = levels, support
-        return mu.to(z) * _level(z, mu, levels)
+        return _level(z, mu, levels).mul_(mu).to(z)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
@@ -102,22 +102,25 @@ class _Quantise(torch.autograd.Function):
         inside = _inside(z, mu, ctx.levels, ctx.support)
         to_mu = None
         if ctx.needs_input_grad[1]:
-            slope = _level(z, mu, ctx.levels) - inside * (z / mu)
-            to_mu = reduced(gradients[0] * slope, mu)
-        return gradients[0] * inside, to_mu, None, None
+            slope = _level(z, mu, ctx.levels).sub_(inside * (z / mu))
+            to_mu = reduced(slope.mul_(gradients[0]), mu)
+        return inside.mul_(gradients[0]), to_mu, None, None
 
 
 def _level(z: Tensor, mu: Tensor, levels: int) -> Tensor:
-    return torch.floor(z * (levels / mu) + 0.5).clamp_(0, levels).to(z) / levels
+    """Share of mu that is passed on, in at least single precision."""
+    wide = z.to(torch.promote_types(z.dtype, mu.dtype))
+    return (wide * (levels / mu)).add_(0.5).floor_().clamp_(0, levels).div_(levels)
 
 
 def _inside(z: Tensor, mu: Tensor, levels: int, support: Support) -> Tensor:
+    """1 where the gradient passes, 0 elsewhere."""
     half = mu / (2 * levels)
     if support == "inside":
-        return (z >= 0) & (z <= mu)
+        return mark(torch.ge, z, 0).mul_(mark(torch.le, z, mu.to(z)))
     if support == "clamp_after":
-        return (z >= -half) & (z < mu + half)
-    return (z > -half) & (z < mu - half)
+        return mark(torch.ge, z, -half.to(z)).mul_(mark(torch.lt, z, (mu + half).to(z)))
+    return mark(torch.gt, z, -half.to(z)).mul_(mark(torch.lt, z, (mu - half).to(z)))
 
 
 def quantise(z: Tensor, mu: Tensor, levels: int, support: Support = "inside") -> Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from quickspike.activations import CeilingProbe
+from quickspike.activations import CeilingProbe, mark
 from quickspike.data import ImageStream
 from quickspike.errors import ConversionError, DataError
 from quickspike.graph import Site, Traced
@@ -213,14 +213,15 @@ class _Quantise(torch.autograd.Function):
         scaled = x / unit
         ctx.save_for_backward(scaled)
         ctx.range = steps / per_unit
-        counts = torch.floor(scaled * levels + shift).clamp_(0, steps)
-        return (counts * (unit / per_unit)).to(x)
+        wide = scaled.to(torch.promote_types(scaled.dtype, unit.dtype))
+        counts = (wide * levels).add_(shift).floor_().clamp_(0, steps)
+        return counts.mul_(unit / per_unit).to(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (scaled,) = ctx.saved_tensors
-        inside = (scaled >= 0) & (scaled <= ctx.range)
-        return gradients[0].clamp(-1, 1) * inside, None, None, None, None, None
+        inside = mark(torch.ge, scaled, 0).mul_(mark(torch.le, scaled, ctx.range))
+        return inside.mul_(gradients[0].clamp(-1, 1)), None, None, None, None, None
 
 
 def quantise(x: Tensor, unit: Tensor, levels: Tensor, per_unit: float, steps: int, shift: float = 0.0) -> Tensor:
