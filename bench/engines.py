@@ -5,45 +5,39 @@
 Everything is timed in one process, interleaved, after a first call apart; the table shows medians. Before that every
 engine's spikes are compared with the reference's (the integer and count engines': with the same network in whole
 numbers), and a difference ends the run. Networks have random weights and calibrated thresholds: time does not depend
-on accuracy, and dense layers do not on rates. SpikingJelly's converted network is timed too if it is installed.
-Two CPU cores: 5 minutes a network.
+on accuracy, and dense layers do not on rates. Other simulators are timed too where they are installed
+(pip install 'quickspike[bench]'; see peers.py). Two CPU cores: 5 minutes a network.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from peers import peers
+from timing import interleaved, save
+from torch import Tensor, fx
+from torch.fx.experimental.optimization import fuse
 
 import quickspike as qs
-from quickspike.api import finish, fit
 from quickspike.conversion import SpikingNetwork
-from quickspike.data import ImageStream
-from quickspike.method import create
 from quickspike.models import load_model
 from quickspike.networks import NETWORKS
-from quickspike.provenance import commit, machine, versions
 from quickspike.simulation import simulate
 
 IMAGE = (3, 32, 32)
 
 
-def prepared(name: str, generator: torch.Generator) -> tuple[nn.Module, SpikingNetwork]:
+def prepared(name: str, generator: torch.Generator) -> tuple[fx.GraphModule, SpikingNetwork]:
     """(source network with its batch norm folded, converted network), with statistics of random images."""
     model = load_model(name).train()
     with torch.no_grad():
         for _ in range(4):
             model(torch.randn(64, *IMAGE, generator=generator))
-    images = ImageStream(torch.randn(64, *IMAGE, generator=generator))
-    method = create("threshold_balancing", steps=4)
-    ann = fit(model.eval(), images, method)
-    return ann.module.eval(), finish(ann, images, method)
+    snn = qs.convert(model.eval(), torch.randn(64, *IMAGE, generator=generator), "threshold_balancing", steps=4)
+    return fuse(model), snn
 
 
 def spikes_of(network: SpikingNetwork, images: Tensor) -> dict[str, Tensor]:
@@ -58,8 +52,8 @@ def check(reference: SpikingNetwork, fast: SpikingNetwork, images: Tensor) -> No
             raise SystemExit(f"{fast.provenance['engine']['name']}: spikes of {site} are not those of the reference")
 
 
-def runners(ann: nn.Module, snn: SpikingNetwork, steps: int, images: Tensor) -> dict[str, Callable[[], object]]:
-    """What is timed, checked."""
+def runners(ann: fx.GraphModule, snn: SpikingNetwork, steps: int, images: Tensor) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """(what is timed, checked; what is not, and why)."""
     snn = snn.with_steps(steps).to(memory_format=torch.channels_last)
     whole = qs.quantise(snn).network.to(memory_format=torch.channels_last)
     windows = whole.as_synchronous()
@@ -74,49 +68,11 @@ def runners(ann: nn.Module, snn: SpikingNetwork, steps: int, images: Tensor) -> 
     check(fast["reference"], fast["fused"], few)
     check(qs.accelerate(whole, "reference"), fast["integer"], few)
     check(qs.accelerate(windows, "reference"), fast["count"], few)
+    others, missing = peers(ann, steps, images[:16])
     found: dict[str, Callable[[], object]] = {"ANN": lambda: ann(images)}
-    found |= {name: (lambda network=network: network(images)) for name, network in fast.items()}
-    return found | spikingjelly(ann, steps, images)
-
-
-def spikingjelly(ann: nn.Module, steps: int, images: Tensor) -> dict[str, Callable[[], object]]:
-    """SpikingJelly's converted network, step by step; nothing if it is not installed."""
-    try:
-        from spikingjelly.activation_based import ann2snn, functional
-    except ImportError:
-        return {}
-    loader = [(images[:16], torch.zeros(16, dtype=torch.long))]
-    converted = ann2snn.Converter(mode="max", dataloader=loader)(ann).to(memory_format=torch.channels_last).eval()
-
-    def run() -> object:
-        functional.reset_net(converted)
-        return sum(converted(images) for _ in range(steps))
-
-    return {"SpikingJelly": run}
-
-
-def measure(timed: dict[str, Callable[[], object]], repetitions: int) -> dict[str, dict[str, float]]:
-    """Median, least and largest time of each in units of the first one's median, and the first call's."""
-    first, times = {}, {name: list[float]() for name in timed}
-    for repetition in range(repetitions + 1):
-        for name, run in timed.items():
-            started = time.perf_counter()
-            run()
-            seconds = time.perf_counter() - started
-            if repetition:
-                times[name].append(seconds)
-            else:
-                first[name] = seconds
-    base = statistics.median(times[next(iter(timed))])
-    return {
-        name: {
-            "ratio": round(statistics.median(own) / base, 3),
-            "least": round(min(own) / base, 3),
-            "largest": round(max(own) / base, 3),
-            "first_call": round(first[name] / base, 3),
-        }
-        for name, own in times.items()
-    }
+    found |= {name: (lambda run=run: run(images)) for name, run in fast.items()}
+    found |= {name: (lambda run=peer.run: run(images)) for name, peer in others.items()}
+    return found, missing
 
 
 def main() -> None:
@@ -127,7 +83,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    rows = []
+    rows, missing = [], dict[str, str]()
     with torch.inference_mode():
         for name in options.models:
             generator = torch.Generator().manual_seed(0)
@@ -137,14 +93,14 @@ def main() -> None:
             for batch in options.batches:
                 images = torch.randn(batch, *IMAGE, generator=generator).contiguous(memory_format=torch.channels_last)
                 for steps in options.steps:
-                    found = measure(runners(ann, snn, steps, images), options.repetitions)
+                    timed, missing = runners(ann, snn, steps, images)
+                    found = interleaved(timed, options.repetitions)
                     rows.append({"model": name, "batch": batch, "steps": steps, "times": found})
                     shown = "  ".join(f"{engine} {times['ratio']:.2f}" for engine, times in found.items())
                     print(f"{name}, batch {batch}, T = {steps}:  {shown}", flush=True)
-    result = {"rows": rows, "options": {**vars(options), "out": None}, "commit": commit(), "versions": versions(), "machine": machine()}
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    for peer, why in missing.items():
+        print(f"left out: {peer}, {why}")
+    save(options.out, rows, options, left_out=missing)
 
 
 if __name__ == "__main__":
