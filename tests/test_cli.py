@@ -261,6 +261,19 @@ def test_evaluate_on_an_engine(engine: str, expected: str, network: Path, run: A
     assert json.loads(result.out)["settings"]["engine"]["name"] == expected
 
 
+def test_evaluate_shows_what_stopping_early_saves(network: Path, tmp_path: Path, run: Any) -> None:
+    plot = tmp_path / "a.png"
+    arguments = ("evaluate", str(network), "--data", "digits", "--images", "40", "--exit", "0.5", "10", "--device", "cpu")
+    shown = run(*arguments, "--plot", str(plot))
+    assert shown.code == 0
+    assert "early exit" in shown.out
+    assert plot.stat().st_size > 0
+    rows = json.loads(run(*arguments, "--json").out)["early_exit"]
+    assert [row["loss"] for row in rows] == [0.5, 10]
+    assert rows[1]["steps"] <= rows[0]["steps"] <= 4
+    failed(run("evaluate", str(network), "--data", "digits", "--exit", "nan"), "loss must be")
+
+
 def test_evaluate_refuses_an_engine_that_cannot(network: Path, run: Any) -> None:
     failed(run("evaluate", str(network), "--data", "digits", "--engine", "integer", "--bits", "9"), "bits must be")
 

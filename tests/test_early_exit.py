@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import quickspike as qs
-from quickspike.early_exit import Exit, calibrate_exit, choose, margins, stop_steps
+from quickspike.data import DataSet
+from quickspike.early_exit import Exit, calibrate_exit, choose, margins, savings, stop_steps
 from quickspike.errors import ConversionError, DataError, OptionError
 from quickspike.simulation import simulate
 from random_networks import NETWORKS, draw
@@ -121,3 +122,26 @@ def test_what_cannot_stop_early_is_refused(spiking_digits: Callable[[str], qs.Sp
     whole = qs.quantise(snn.as_synchronous()).network
     with pytest.raises(ConversionError, match="no steps"):
         simulate(qs.accelerate(whole, "count"), images, exit=Exit(1.0, 1.0, 0.0))
+
+
+def test_savings_are_what_running_with_the_margin_gives(
+    spiking_digits: Callable[[str], qs.SpikingNetwork], digits: DataSet, digits_test: tuple[Tensor, Tensor]
+) -> None:
+    snn = spiking_digits("threshold_balancing").with_steps(8)
+    held_out, (images, labels) = digits.loader("train", limit=400, last=True), digits_test
+    rows = savings(snn, held_out, [(images, labels)], (0.0, 1.0, 5.0))
+    for row in rows:
+        found = calibrate_exit(snn, held_out, row.loss)
+        run = snn.run(images, exit=found)
+        assert run.stopped is not None
+        assert row.margin == found.margin
+        assert row.steps == pytest.approx(float(run.stopped.double().mean()))
+        assert row.accuracy == pytest.approx(100 * float((run.logits[-1].argmax(1) == labels).double().mean()))
+    assert 8 >= rows[0].steps >= rows[1].steps > rows[2].steps
+
+
+def test_a_network_of_one_step_saves_none(
+    spiking_digits: Callable[[str], qs.SpikingNetwork], digits: DataSet, digits_test: tuple[Tensor, Tensor]
+) -> None:
+    (row,) = savings(spiking_digits("threshold_balancing").with_steps(1), digits.loader("train"), [digits_test], (0.5,))
+    assert (row.margin, row.steps) == (None, 1.0)

@@ -195,18 +195,30 @@ def evaluate(
         ),
     ] = None,
     bits: Annotated[int, Help(metavar="N", help="weights of --engine integer or count [unit: bits; range: 2 to 8]")] = 8,
+    exit: Annotated[
+        tuple[float, ...],
+        Help(
+            metavar="LOSS",
+            help="also let images stop early, at a margin that may cost that much accuracy on the last 2,000 training images, and show "
+            "accuracy and mean steps [unit: percentage points; range: >= 0; example: 0.1 0.5 1]",
+        ),
+    ] = (),
     json: Json = False,
 ) -> None:
     """Measure a spiking network on test images: accuracy after each number of steps, and firing rates."""
     from quickspike.checkpoint import load
+    from quickspike.early_exit import Saving, check_loss, savings
     from quickspike.errors import OptionError
     from quickspike.evaluation import evaluate as measure
+    from quickspike.evaluation import make_fabric
     from quickspike.files import check_writable, write_text
     from quickspike.models import load_model
-    from quickspike.report import plot_accuracy, report_tables
+    from quickspike.report import exit_table, plot_accuracy, report_tables
 
     for path in filter(None, (out, plot)):
         check_writable(path)
+    for loss in exit:
+        check_loss(loss)
     snn = load(network)
     if weights is not None and reference is None:
         raise OptionError("--weights are those of the source network; name it with --reference")
@@ -214,14 +226,24 @@ def evaluate(
     data_set = data.load(snn.provenance.get("statistics"))
     loader = Tracked(data_set.loader("test", limit=images), "evaluating")
     report = measure(snn, loader, source, steps, device=device, precision=precision, engine=engine, bits=bits)
+    saved: tuple[Saving, ...] = ()
+    if exit:
+        longest = snn.with_steps(report.steps[-1])
+        make_fabric(device).to_device(longest)
+        held_out = data_set.loader("train", limit=min(2000, data_set.size("train")), last=True)
+        test = data_set.loader("test", limit=images)
+        saved = savings(longest, Tracked(held_out, "setting margins"), Tracked(test, "stopping early"), exit)
+    found = report.to_json() | ({"early_exit": [dataclasses.asdict(row) for row in saved]} if exit else {})
     if out is not None:
-        write_text(out, dump(report.to_json()))
+        write_text(out, dump(found))
     if plot is not None:
-        plot_accuracy({str(snn.method.get("name")): report}, plot)
+        plot_accuracy({str(snn.method.get("name")): report}, plot, saved)
     if json:
-        print_json(report.to_json())
+        print_json(found)
     else:
         show(report_tables(report))
+        if saved:
+            show(exit_table(saved, report))
 
 
 # Entry

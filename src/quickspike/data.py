@@ -250,8 +250,8 @@ class DataSet:
         """Number of images in a split ("train" or "test")."""
         return len({"train": self.train, "test": self.test}[split])  # type: ignore[arg-type]  # all of ours have a length
 
-    def loader(self, split: str, batch_size: int = BATCH, limit: int | None = None) -> DataLoader[Any]:
-        """Batches of a split ("train" or "test") in their stored order, the first `limit` images if given."""
+    def loader(self, split: str, batch_size: int = BATCH, limit: int | None = None, last: bool = False) -> DataLoader[Any]:
+        """Batches of a split ("train" or "test") in their stored order, the first (or last) `limit` images if given."""
         if split not in ("train", "test"):
             raise DataError(f"a split is train or test, got {split!r}")
         images = self.train if split == "train" else self.test
@@ -259,7 +259,7 @@ class DataSet:
             size = self.size(split)
             if not 1 <= limit <= size:
                 raise DataError(f"{self.name}: asked for {limit} {split} images, it holds {size}")
-            images = torch.utils.data.Subset(images, range(limit))
+            images = torch.utils.data.Subset(images, range(size - limit, size) if last else range(limit))
         return DataLoader(images, batch_size=batch_size)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -57,8 +58,57 @@ def calibrate_exit(snn: SpikingNetwork, data: Batches, loss: float = 0.1) -> Exi
         OptionError: loss is negative, or the network has no answer before its last step.
         DataError: no labels, labels that are no class numbers, or no images.
     """
+    check_loss(loss)
+    return choose(*answers(snn, data), loss)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What an early exit gave on test images."""
+
+    loss: float
+    """Percentage points that it was allowed to cost on the held-out images."""
+    margin: float | None
+    """At which a sample stops; None where no margin saves a step at that loss."""
+    steps: float
+    """Mean number of steps."""
+    accuracy: float
+    """In percent."""
+
+
+def savings(snn: SpikingNetwork, held_out: Batches, test: Batches, losses: Sequence[float]) -> tuple[Saving, ...]:
+    """Accuracy against mean number of steps: margins are chosen on `held_out` and measured on `test`.
+
+    Args:
+        snn: see `calibrate_exit`.
+        held_out: labelled images.
+        test: other labelled images.
+        losses: percentage points, one row each.
+
+    Raises:
+        OptionError: see `calibrate_exit`.
+        DataError: see `calibrate_exit`.
+    """
+    for loss in losses:
+        check_loss(loss)
+    known, (right, leads) = answers(snn, held_out), answers(snn, test)
+    rows = []
+    for loss in losses:
+        margin = choose(*known, loss).margin
+        stops = stop_steps(leads, margin)
+        accuracy = 100 * float(right.gather(0, stops[None]).double().mean())
+        rows.append(Saving(loss, margin if math.isfinite(margin) else None, float((stops + 1).double().mean()), accuracy))
+    return tuple(rows)
+
+
+def check_loss(loss: float) -> None:
+    """Raise OptionError unless `loss` is a number of percentage points."""
     if not loss >= 0:
         raise OptionError(f"loss must be >= 0 percentage points, got {loss!r}")
+
+
+def answers(snn: SpikingNetwork, data: Batches) -> tuple[Tensor, Tensor]:
+    """(whether the answer after each step is right, its margin), both `[T, N]`; see `calibrate_exit`."""
     if snn.synchronous:
         raise OptionError("an early exit needs an answer after every step, but layers of this network wait for whole windows")
     right, leads = [], []
@@ -70,7 +120,7 @@ def calibrate_exit(snn: SpikingNetwork, data: Batches, loss: float = 0.1) -> Exi
             leads.append(margins(logits).cpu())
     if not right:
         raise DataError("there are no images to calibrate the exit on")
-    return choose(torch.cat(right, 1), torch.cat(leads, 1), loss)
+    return torch.cat(right, 1), torch.cat(leads, 1)
 
 
 def choose(right: Tensor, leads: Tensor, loss: float) -> Exit:

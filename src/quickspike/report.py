@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quickspike.coverage import Coverage
+from quickspike.early_exit import Saving
 from quickspike.evaluation import Report
 from quickspike.files import whole_file
 from quickspike.method import Method
@@ -42,6 +43,18 @@ def report_tables(report: Report) -> RenderableType:
     for site, rate in report.rates.items():
         table.add_row(site, f"{rate:.4f}")
     return Group(*parts, table)
+
+
+def exit_table(savings: Sequence[Saving], report: Report) -> Table:
+    """One row per loss that was allowed, after that of all steps."""
+    table = Table(title="early exit: images stop when their answer is decided", min_width=46)
+    for heading in ("allowed loss", "mean steps", "accuracy in %"):
+        table.add_column(heading, justify="right")
+    last = report.steps[-1]
+    table.add_row("(all steps)", str(last), f"{report.accuracy[last]:.2f}")
+    for row in savings:
+        table.add_row(f"{row.loss:g}", f"{row.steps:.2f}", f"{row.accuracy:.2f}")
+    return table
 
 
 def _percent(value: float | None) -> str:
@@ -87,8 +100,8 @@ def summary(cls: type[Method]) -> str:
     return (cls.__doc__ or "").strip().splitlines()[0]
 
 
-def plot_accuracy(reports: Mapping[str, Report], path: str | Path) -> None:
-    """Draw accuracy against T, one line per network, the source network dashed.
+def plot_accuracy(reports: Mapping[str, Report], path: str | Path, savings: Sequence[Saving] = ()) -> None:
+    """Draw accuracy against T, one line per network, the source network dashed, early exits at their mean number of steps.
 
     Raises:
         OutputError: the picture cannot be written.
@@ -101,6 +114,8 @@ def plot_accuracy(reports: Mapping[str, Report], path: str | Path) -> None:
     axes = figure.add_subplot()
     for name, report in reports.items():
         axes.plot(report.steps, [report.accuracy[step] for step in report.steps], marker="o", label=name)
+    if savings:
+        axes.plot([row.steps for row in savings], [row.accuracy for row in savings], "x--", label="early exit, mean T")
     first = next(iter(reports.values()))
     if first.reference_accuracy is not None:
         axes.axhline(first.reference_accuracy, linestyle="--", color="0.4", label=f"source network, {first.reference_accuracy:.2f} %")
