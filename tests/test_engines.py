@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import quickspike as qs
+from quickspike import loops
 from quickspike.api import tune
 from quickspike.conversion import SpikingNetwork
-from quickspike.engines import accelerate
+from quickspike.engines import Engine, Precision, accelerate
 from quickspike.engines.integer import ByteConv2d, ByteLinear, ByteMax, ByteSum2d
 from quickspike.errors import CheckpointError, ConversionError, OptionError
 from quickspike.models import load_model
@@ -270,3 +272,24 @@ def test_an_accelerated_network_is_neither_accelerated_again_nor_tuned(engine: A
         accelerate(fast)
     with pytest.raises(ConversionError, match=f"made for the {engine} engine cannot learn; tune the one it was made from"):
         tune(fast, None)  # refused before the trainer is looked at
+
+
+@pytest.mark.parametrize("name", ["fused", "fused bf16", "integer", "count"])
+def test_nothing_is_prepared_again_once_it_runs(name: str, small: tuple[SpikingNetwork, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    snn, images = small
+    engine, precision = cast("tuple[Engine, Precision]", (*name.split(), "fp32")[:2])
+    network = accelerate(quantise(snn).network.as_synchronous() if name == "count" else snn, engine, precision)
+
+    def held() -> tuple[int, ...]:
+        gc.collect()
+        return len(loops.forward.signatures), len(loops.count.signatures), sum(issubclass(type(one), Tensor) for one in gc.get_objects())
+
+    with torch.inference_mode():
+        network(images)
+        first = network(images)
+        for operator in ("qconv_prepack", "qlinear_prepack"):
+            monkeypatch.setattr(torch.ops.onednn, operator, None)
+        before = held()
+        for _ in range(3):
+            assert torch.equal(network(images), first)
+        assert held() == before

@@ -86,7 +86,7 @@ def test_the_loops_are_the_reference(shape: tuple[int, ...], per_channel: bool, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("constant", [False, True])
-@pytest.mark.parametrize("steps", [1, 2, 9])
+@pytest.mark.parametrize("steps", [1, 2, 9, 150])
 def test_steps_boundaries_and_precision(steps: int, constant: bool, strict: bool, dtype: torch.dtype) -> None:
     currents, parameters = case((4, 24, 6, 6), 1 if constant else steps, per_channel=True)
     currents = currents.to(dtype).contiguous(memory_format=torch.channels_last)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from quickspike.errors import ConversionError
 
-MOST_STEPS = 64
+MOST_STEPS = 4096
+"""The backward loop keeps 4 KiB for every step and thread."""
 SHAPES = {"triangular": 0, "boxcar": 1}
 
 
