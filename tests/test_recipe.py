@@ -237,6 +237,7 @@ MISTAKES: dict[str, tuple[str, str, list[str]]] = {
     "steps are text": ("steps = [1, 2]", 'steps = ["2"]', ["steps"]),
     "calibration 0": ("calibration = 100", "calibration = 0", ["calibration"]),
     "calibration is text": ("calibration = 100", 'calibration = "all"', ["calibration"]),
+    "whitening of a trained network": ("learning_rate = 0.001", "learning_rate = 0.001\nwhiten = true", ["whiten", "[source]"]),
     "model is a number": ('model = "digits_cnn,width=4"', "model = 4", ["model"]),
 }
 

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from typing import Any
 
+import torch
 from torch import nn
 
 from quickspike.conversion import SpikingNetwork, prepare, to_spiking
@@ -16,10 +17,14 @@ from quickspike.graph import Traced, fold, trace
 from quickspike.method import Method, create
 from quickspike.neuron import Surrogate
 from quickspike.provenance import versions
-from quickspike.training import History, Train, Trainer
+from quickspike.training import History, Train, Trainer, parameter_groups
 from quickspike.tuning import Tuning
+from quickspike.whitening import whiten
 
 logger = logging.getLogger(__name__)
+
+PATCHED = 5000
+"""Training images whose patches are whitened."""
 
 
 def train(model: nn.Module, trainer: Trainer) -> tuple[nn.Module, History]:
@@ -31,9 +36,24 @@ def train(model: nn.Module, trainer: Trainer) -> tuple[nn.Module, History]:
 
     Returns:
         A trained copy in evaluation mode on the trainer's device, and the figures of every epoch.
+
+    Raises:
+        OptionError: the first convolution is to be whitened, and there is none that reads the images.
     """
     network = copy.deepcopy(model)
-    return network, trainer(network, "source")
+    if not trainer.settings.whiten:
+        return network, trainer(network, "source")
+    images = torch.cat([batch for batch, _ in trainer.data.loader("train", limit=min(PATCHED, trainer.data.size("train")))])
+    fixed = whiten(network, images).weight
+    groups = parameter_groups(network, [])
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter is not fixed]
+    return network, trainer(network, "source", groups=groups)
+
+
+def _not_whitened(trainer: Trainer | None) -> None:
+    if trainer is not None and trainer.settings.whiten:
+        raise OptionError("whiten=True is for training a source network from scratch; here it would undo the first convolution")
 
 
 def convert(
@@ -80,6 +100,7 @@ def fit(model: nn.Module, images: ImageStream, method: Method, trainer: Trainer 
     Raises:
         UnsupportedOperatorError, DataError: see `convert`.
     """
+    _not_whitened(trainer)
     traced = trace(method.source(model), images.example, trainable=trainer is not None, pools_in_front=not method.pools_spikes)
     ann = prepare(traced, method)
     if trainer is not None:
@@ -115,6 +136,7 @@ def tune(snn: SpikingNetwork, trainer: Trainer, tuning: Tuning | None = None) ->
         raise ConversionError(
             f"a network made for the {snn.provenance['engine']['name']} engine cannot learn; tune the one it was made from"
         )
+    _not_whitened(trainer)
     tuned = copy.deepcopy(snn)
     trainer.fabric.to_device(tuned)
     method = Method.from_json(snn.method)

@@ -93,6 +93,9 @@ class Recipe:
         for name, values, low in (("seeds", self.seeds, 0), ("steps", self.steps, 1), ("calibration", (self.calibration,), 1)):
             if not values or any(type(value) is not int or value < low for value in values) or len(set(values)) < len(values):
                 raise OptionError(f"recipe: {name} must be whole numbers >= {low}, each once, got {list(values)!r}")
+        for name, settings in (("train", self.train), ("tune", self.tune)):
+            if settings is not None and settings.whiten:
+                raise OptionError(f"recipe: whiten belongs to [source], not to [{name}]: it would undo the first convolution")
         for name in ("title", "data", "model", "precision"):
             if not isinstance(getattr(self, name), str):
                 raise OptionError(f"recipe: {name} must be a text, got {getattr(self, name)!r}")

@@ -85,6 +85,9 @@ class Training:
     patience: int = option(
         0, "epochs without a better validation accuracy after which training stops; 0 for never", unit="epochs", low=0, high=10**6
     )
+    whiten: bool = option(
+        False, "the first convolution starts as filters that whiten patches of training images, and stays so (source networks only)"
+    )
     seed: int = option(0, "seed of shuffling, augmentation and dropout", low=0, high=2**31 - 1)
 
     def __post_init__(self) -> None:
