@@ -274,6 +274,22 @@ def test_evaluate_shows_what_stopping_early_saves(network: Path, tmp_path: Path,
     failed(run("evaluate", str(network), "--data", "digits", "--exit", "nan"), "loss must be")
 
 
+def test_evaluate_shows_what_it_costs(network: Path, run: Any) -> None:
+    arguments = ("evaluate", str(network), "--data", "digits", "--images", "30", "--energy", "45nm_fp32", "loihi", "--device", "cpu")
+    shown = run(*arguments)
+    assert shown.code == 0
+    assert "energy per image" in shown.out
+    found = json.loads(run(*arguments, "--json").out)
+    assert found["operations"]["images"] == 30
+    assert [(one["device"], one["account"]) for one in found["energy"]] == [
+        (device, account) for device in ("45nm_fp32", "loihi") for account in ("papers", "conservative")
+    ]
+    papers = found["energy"][0]
+    metrics = found["operations"]["metrics"]
+    assert papers["spiking"] == pytest.approx(4.6 * metrics["Effective_MACs"] + 0.9 * metrics["Effective_ACs"])
+    failed(run("evaluate", str(network), "--data", "digits", "--energy", "lohi"), "did you mean 'loihi'")
+
+
 def test_evaluate_refuses_an_engine_that_cannot(network: Path, run: Any) -> None:
     failed(run("evaluate", str(network), "--data", "digits", "--engine", "integer", "--bits", "9"), "bits must be")
 

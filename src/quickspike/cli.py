@@ -203,22 +203,35 @@ def evaluate(
             "accuracy and mean steps [unit: percentage points; range: >= 0; example: 0.1 0.5 1]",
         ),
     ] = (),
+    energy: Annotated[
+        tuple[str, ...],
+        Help(
+            metavar="DEVICE",
+            help="also count operations on the first 200 test images, and show what they cost there: 45nm_fp32, 45nm_fp16, 45nm_int32, "
+            "45nm_int8, loihi, truenorth",
+        ),
+    ] = (),
     json: Json = False,
 ) -> None:
     """Measure a spiking network on test images: accuracy after each number of steps, and firing rates."""
     from quickspike.checkpoint import load
     from quickspike.early_exit import Saving, check_loss, savings
+    from quickspike.energy import ACCOUNTS, Energy, device_named
+    from quickspike.energy import energy as price
     from quickspike.errors import OptionError
     from quickspike.evaluation import evaluate as measure
     from quickspike.evaluation import make_fabric
     from quickspike.files import check_writable, write_text
     from quickspike.models import load_model
-    from quickspike.report import exit_table, plot_accuracy, report_tables
+    from quickspike.operations import count_operations
+    from quickspike.report import energy_tables, exit_table, plot_accuracy, report_tables
 
     for path in filter(None, (out, plot)):
         check_writable(path)
     for loss in exit:
         check_loss(loss)
+    for device_name in energy:
+        device_named(device_name)
     snn = load(network)
     if weights is not None and reference is None:
         raise OptionError("--weights are those of the source network; name it with --reference")
@@ -234,6 +247,12 @@ def evaluate(
         test = data_set.loader("test", limit=images)
         saved = savings(longest, Tracked(held_out, "setting margins"), Tracked(test, "stopping early"), exit)
     found = report.to_json() | ({"early_exit": [dataclasses.asdict(row) for row in saved]} if exit else {})
+    priced: tuple[Energy, ...] = ()
+    if energy:
+        some = data_set.loader("test", limit=min(COUNTED, images or COUNTED, data_set.size("test")))
+        operations = count_operations(snn.with_steps(report.steps[-1]), Tracked(some, "counting operations"))
+        priced = tuple(price(operations, name, account) for name in energy for account in ACCOUNTS)
+        found |= {"operations": operations.to_json(), "energy": [one.to_json() for one in priced]}
     if out is not None:
         write_text(out, dump(found))
     if plot is not None:
@@ -244,6 +263,12 @@ def evaluate(
         show(report_tables(report))
         if saved:
             show(exit_table(saved, report))
+        if energy:
+            show(energy_tables(operations, priced))
+
+
+COUNTED = 200
+"""Test images on which operations are counted."""
 
 
 # Entry

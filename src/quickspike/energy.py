@@ -15,6 +15,7 @@ from quickspike.errors import OptionError, UnknownNameError
 from quickspike.operations import Operations
 
 Account = Literal["papers", "conservative"]
+ACCOUNTS: tuple[Account, ...] = ("papers", "conservative")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,17 @@ def register(device: Device) -> None:
     DEVICES[device.name] = device
 
 
+def device_named(name: str) -> Device:
+    """A device by its name.
+
+    Raises:
+        UnknownNameError: there is none.
+    """
+    if name not in DEVICES:
+        raise UnknownNameError("device", name, tuple(DEVICES))
+    return DEVICES[name]
+
+
 @dataclass(frozen=True)
 class Energy:
     """Energy of one image, in pJ."""
@@ -97,12 +109,10 @@ def energy(operations: Operations, device: str | Device = "45nm_fp32", account: 
         UnknownNameError: no such device.
         OptionError: no such account.
     """
-    if account not in ("papers", "conservative"):
+    if account not in ACCOUNTS:
         raise OptionError(f"account must be papers or conservative, got {account!r}")
     if isinstance(device, str):
-        if device not in DEVICES:
-            raise UnknownNameError("device", device, tuple(DEVICES))
-        device = DEVICES[device]
+        device = device_named(device)
     analog = device if device.multiply is not None else DEVICES["45nm_fp32"]
     mac, multiply = analog.mac or 0.0, analog.multiply or 0.0
     total = operations.total

@@ -12,9 +12,11 @@ from rich.text import Text
 
 from quickspike.coverage import Coverage
 from quickspike.early_exit import Saving
+from quickspike.energy import Energy
 from quickspike.evaluation import Report
 from quickspike.files import whole_file
 from quickspike.method import Method
+from quickspike.operations import Operations
 from quickspike.options import options_of
 
 
@@ -55,6 +57,28 @@ def exit_table(savings: Sequence[Saving], report: Report) -> Table:
     for row in savings:
         table.add_row(f"{row.loss:g}", f"{row.steps:.2f}", f"{row.accuracy:.2f}")
     return table
+
+
+def energy_tables(operations: Operations, energies: Sequence[Energy]) -> RenderableType:
+    """Operations of every layer, then what they cost on every device, and what these figures leave out."""
+    counts = Table(title=f"operations per image, T = {operations.steps} (mean of {operations.images} images)")
+    counts.add_column("", overflow="fold")
+    for heading in ("source MACs", "MACs", "accumulates", "share"):
+        counts.add_column(heading, justify="right")
+    total = operations.total("accumulates") or 1.0
+    for row in operations.rows:
+        if row.kind != "neurons":
+            name = row.name if row.kind == "layer" else f"{row.name} (join)"
+            share = f"{100 * row.accumulates / total:.1f} %"
+            counts.add_row(name, *(f"{value:,.0f}" for value in (row.dense, row.multiplies, row.accumulates)), share)
+    counts.add_row("all", *(f"{operations.total(field):,.0f}" for field in ("dense", "multiplies", "accumulates")), "")
+    costs = Table(title="energy per image in nJ")
+    for heading in ("device", "account", "source network", "spiking", "source / spiking"):
+        costs.add_column(heading, justify="left" if heading in ("device", "account") else "right")
+    for one in energies:
+        costs.add_row(one.device, one.account, f"{one.source / 1e3:,.1f}", f"{one.spiking / 1e3:,.1f}", f"{one.ratio:.2f}")
+    caveats = dict.fromkeys(caveat for one in energies for caveat in one.caveats)
+    return Group(counts, costs, *(Text(f"- {caveat}") for caveat in caveats))
 
 
 def _percent(value: float | None) -> str:
