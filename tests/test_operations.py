@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import quickspike as qs
 from quickspike.conversion import SpikingNetwork
-from quickspike.energy import DEVICES, Device, energy, register
+from quickspike.energy import DEVICES, Device, energy_of, register_device
 from quickspike.errors import ConversionError, DataError, OptionError, UnknownNameError
 from quickspike.operations import Counts, Operations, count_operations
 from quickspike.simulation import simulate
@@ -242,11 +242,11 @@ ROWS = (
 
 def test_energy_is_operations_times_constants() -> None:
     operations = Operations(ROWS, 1, 2, "once")
-    papers = energy(operations, "45nm_fp32", "papers")
+    papers = energy_of(operations, "45nm_fp32", "papers")
     assert papers.spiking == pytest.approx(100 * 4.6 + 300 * 0.9)
     assert papers.source == pytest.approx(1100 * 4.6)
     assert papers.ratio == pytest.approx(1100 * 4.6 / (460 + 270))
-    full = energy(operations, "45nm_int32")
+    full = energy_of(operations, "45nm_int32")
     assert full.spiking == pytest.approx(100 * 3.2 + (300 + 40 + 40 + 8) * 0.1 + 20 * 3.1)
     assert full.source == pytest.approx(1100 * 3.2 + 16 * 0.1)
     assert sum(full.parts.values()) == pytest.approx(full.spiking)
@@ -254,7 +254,7 @@ def test_energy_is_operations_times_constants() -> None:
 
 
 def test_a_chip_without_multipliers_leaves_the_first_layer_to_others() -> None:
-    found = energy(Operations(ROWS, 1, 2, "every step"), "loihi")
+    found = energy_of(Operations(ROWS, 1, 2, "every step"), "loihi")
     assert found.spiking == pytest.approx(100 * 4.6 + (300 + 40) * 23.6 + 40 * 81)
     assert any("loihi does not multiply" in caveat for caveat in found.caveats)
     assert any("each of 2 steps" in caveat for caveat in found.caveats)
@@ -262,12 +262,12 @@ def test_a_chip_without_multipliers_leaves_the_first_layer_to_others() -> None:
 
 def test_devices_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quickspike.energy.DEVICES", dict(DEVICES))
-    register(Device("mine", add=1.0, multiply=9.0, source="measured"))
-    assert energy(Operations(ROWS, 1, 2, "once"), "mine", "papers").spiking == 100 * 10 + 300
+    register_device(Device("mine", add=1.0, multiply=9.0, source="measured"))
+    assert energy_of(Operations(ROWS, 1, 2, "once"), "mine", "papers").spiking == 100 * 10 + 300
     with pytest.raises(UnknownNameError, match="unknown device 'miney'; did you mean 'mine'"):
-        energy(Operations(ROWS, 1, 2, "once"), "miney")
+        energy_of(Operations(ROWS, 1, 2, "once"), "miney")
     with pytest.raises(OptionError, match="account must be"):
-        energy(Operations(ROWS, 1, 2, "once"), "mine", "best")  # type: ignore[arg-type]
+        energy_of(Operations(ROWS, 1, 2, "once"), "mine", "best")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="add must be a number of pJ"):
         Device("x", add=float("nan"), multiply=1.0, source="")
 

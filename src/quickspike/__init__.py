@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from quickspike.conversion import SpikingNetwork
     from quickspike.coverage import Coverage
     from quickspike.early_exit import calibrate_exit
+    from quickspike.energy import energy_of
     from quickspike.engines import accelerate
     from quickspike.errors import QuickspikeError
     from quickspike.evaluation import Report, evaluate
     from quickspike.graph import inspect, trace
     from quickspike.method import Method, register
     from quickspike.neuron import Surrogate
+    from quickspike.operations import count_operations
     from quickspike.quantisation import quantise
     from quickspike.simulation import Run, simulate
 
@@ -32,6 +34,7 @@ _HOMES = {
     "Coverage": "coverage",
     "accelerate": "engines",
     "calibrate_exit": "early_exit",
+    "energy_of": "energy",
     "QuickspikeError": "errors",
     "Report": "evaluation",
     "evaluate": "evaluation",
@@ -40,6 +43,7 @@ _HOMES = {
     "Method": "method",
     "register": "method",
     "Surrogate": "neuron",
+    "count_operations": "operations",
     "quantise": "quantisation",
     "Run": "simulation",
     "simulate": "simulation",
@@ -57,6 +61,8 @@ __all__ = [
     "accelerate",
     "calibrate_exit",
     "convert",
+    "count_operations",
+    "energy_of",
     "evaluate",
     "inspect",
     "load",

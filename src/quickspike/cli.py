@@ -216,8 +216,7 @@ def evaluate(
     """Measure a spiking network on test images: accuracy after each number of steps, and firing rates."""
     from quickspike.checkpoint import load
     from quickspike.early_exit import Saving, check_loss, savings
-    from quickspike.energy import ACCOUNTS, Energy, device_named
-    from quickspike.energy import energy as price
+    from quickspike.energy import ACCOUNTS, Energy, device_named, energy_of
     from quickspike.errors import OptionError
     from quickspike.evaluation import evaluate as measure
     from quickspike.evaluation import make_fabric
@@ -251,7 +250,7 @@ def evaluate(
     if energy:
         some = data_set.loader("test", limit=min(COUNTED, images or COUNTED, data_set.size("test")))
         operations = count_operations(snn.with_steps(report.steps[-1]), Tracked(some, "counting operations"))
-        priced = tuple(price(operations, name, account) for name in energy for account in ACCOUNTS)
+        priced = tuple(energy_of(operations, name, account) for name in energy for account in ACCOUNTS)
         found |= {"operations": operations.to_json(), "energy": [one.to_json() for one in priced]}
     if out is not None:
         write_text(out, dump(found))

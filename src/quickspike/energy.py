@@ -58,7 +58,7 @@ DEVICES: dict[str, Device] = {
 }
 
 
-def register(device: Device) -> None:
+def register_device(device: Device) -> None:
     """Make a device of one's own known by its name; an existing one is replaced."""
     DEVICES[device.name] = device
 
@@ -97,7 +97,7 @@ class Energy:
         return {**asdict(self), "ratio": self.ratio if self.spiking else None}
 
 
-def energy(operations: Operations, device: str | Device = "45nm_fp32", account: Account = "conservative") -> Energy:
+def energy_of(operations: Operations, device: str | Device = "45nm_fp32", account: Account = "conservative") -> Energy:
     """Energy of the counted operations, and of the source network on the same device.
 
     Args:
