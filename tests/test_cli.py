@@ -274,6 +274,17 @@ def test_evaluate_shows_what_stopping_early_saves(network: Path, tmp_path: Path,
     failed(run("evaluate", str(network), "--data", "digits", "--exit", "nan"), "loss must be")
 
 
+def test_evaluate_shows_where_the_error_comes_from(network: Path, run: Any) -> None:
+    arguments = ("evaluate", str(network), "--data", "digits", "--images", "30", "--steps", "2", "--anatomy", "--device", "cpu")
+    shown = run(*arguments)
+    assert shown.code == 0
+    assert "quantisation" in shown.out
+    assert "of it" in shown.out
+    found = json.loads(run(*arguments, "--json").out)["anatomy"]
+    assert (found["steps"], found["images"]) == (2, 30)
+    assert sum(found["sites"][0]["shares"].values()) == pytest.approx(1, abs=1e-4)
+
+
 def test_evaluate_shows_what_it_costs(network: Path, run: Any) -> None:
     arguments = ("evaluate", str(network), "--data", "digits", "--images", "30", "--energy", "45nm_fp32", "loihi", "--device", "cpu")
     shown = run(*arguments)

@@ -9,6 +9,7 @@ from quickspike.version import __version__
 
 if TYPE_CHECKING:
     from quickspike import methods
+    from quickspike.anatomy import anatomy_of
     from quickspike.api import convert
     from quickspike.checkpoint import load
     from quickspike.conversion import SpikingNetwork
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # Where each public name lives. They are fetched on first use, so that the command line can answer `--help` without
 # loading torch. No module may share its name with one of these, or importing it would hide the function.
 _HOMES = {
+    "anatomy_of": "anatomy",
     "convert": "api",
     "load": "checkpoint",
     "SpikingNetwork": "conversion",
@@ -59,6 +61,7 @@ __all__ = [
     "Surrogate",
     "__version__",
     "accelerate",
+    "anatomy_of",
     "calibrate_exit",
     "convert",
     "count_operations",

@@ -211,9 +211,13 @@ def evaluate(
             "45nm_int8, loihi, truenorth",
         ),
     ] = (),
+    anatomy: Annotated[
+        bool, Help(help="also split the error of every layer into its sources, on the first 200 test images, and say what helps")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Measure a spiking network on test images: accuracy after each number of steps, and firing rates."""
+    from quickspike.anatomy import anatomy_of
     from quickspike.checkpoint import load
     from quickspike.early_exit import Saving, check_loss, savings
     from quickspike.energy import ACCOUNTS, Energy, device_named, energy_of
@@ -223,7 +227,7 @@ def evaluate(
     from quickspike.files import check_writable, write_text
     from quickspike.models import load_model
     from quickspike.operations import count_operations
-    from quickspike.report import energy_tables, exit_table, plot_accuracy, report_tables
+    from quickspike.report import anatomy_tables, energy_tables, exit_table, plot_accuracy, report_tables
 
     for path in filter(None, (out, plot)):
         check_writable(path)
@@ -246,9 +250,12 @@ def evaluate(
         test = data_set.loader("test", limit=images)
         saved = savings(longest, Tracked(held_out, "setting margins"), Tracked(test, "stopping early"), exit)
     found = report.to_json() | ({"early_exit": [dataclasses.asdict(row) for row in saved]} if exit else {})
+    some = data_set.loader("test", limit=min(COUNTED, images or COUNTED, data_set.size("test")))
+    if anatomy:
+        errors = anatomy_of(snn.with_steps(report.steps[-1]), Tracked(some, "splitting the error"))
+        found |= {"anatomy": errors.to_json()}
     priced: tuple[Energy, ...] = ()
     if energy:
-        some = data_set.loader("test", limit=min(COUNTED, images or COUNTED, data_set.size("test")))
         operations = count_operations(snn.with_steps(report.steps[-1]), Tracked(some, "counting operations"))
         priced = tuple(energy_of(operations, name, account) for name in energy for account in ACCOUNTS)
         found |= {"operations": operations.to_json(), "energy": [one.to_json() for one in priced]}
@@ -262,12 +269,14 @@ def evaluate(
         show(report_tables(report))
         if saved:
             show(exit_table(saved, report))
+        if anatomy:
+            show(anatomy_tables(errors))
         if energy:
             show(energy_tables(operations, priced))
 
 
 COUNTED = 200
-"""Test images on which operations are counted."""
+"""Test images on which operations are counted and errors split."""
 
 
 # Entry

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from quickspike.anatomy import PARTS, Anatomy
 from quickspike.coverage import Coverage
 from quickspike.early_exit import Saving
 from quickspike.energy import Energy
@@ -57,6 +58,20 @@ def exit_table(savings: Sequence[Saving], report: Report) -> Table:
     for row in savings:
         table.add_row(f"{row.loss:g}", f"{row.steps:.2f}", f"{row.accuracy:.2f}")
     return table
+
+
+def anatomy_tables(anatomy: Anatomy) -> RenderableType:
+    """The error of every site and where it comes from, then what helps, the largest own error first."""
+    table = Table(title=f"conversion error, T = {anatomy.steps}, {anatomy.images} images; parts in % of each site's error")
+    table.add_column("site", overflow="fold")
+    for heading in ("error", "own", *PARTS, "silent", "saturated"):
+        table.add_column(heading, justify="right")
+    for one in anatomy.sites:
+        shares = (f"{100 * one.shares[part]:.0f}" for part in PARTS)
+        table.add_row(one.site, f"{one.error:.3f}", f"{one.own:.3f}", *shares, f"{one.silent:.2f}", f"{one.saturated:.2f}")
+    table.caption = "error and own part: relative to the activations; silent, saturated: shares of the neurons"
+    worst = sorted((one for one in anatomy.sites if one.advice), key=lambda one: -one.own)[:3]
+    return Group(table, *(Text(f"- {one.advice}") for one in worst))
 
 
 def energy_tables(operations: Operations, energies: Sequence[Energy]) -> RenderableType:

@@ -1,0 +1,329 @@
+"""Where the accuracy is lost: the conversion error of every site, split into its sources.
+
+At each site the mean output of T steps is compared with the activation of the network without spikes (same weights, the
+activation in place of the neurons). With z the mean current that arrives, the way from one to the other has five steps,
+whose sum is the error, element by element:
+
+    inherited      act(z at the place that wins the max-pooling without spikes) - act(z without spikes)
+    max-pooling    act(z) - act(z at that place): the pool takes the largest of values that err in both directions
+    clipping       min(act(z), ceiling) - act(z): nothing above the ceiling can be expressed
+    quantisation   staircase(z) - min(act(z), ceiling): what the neuron gives for the constant current z, T + 1 levels
+    unevenness     output - staircase(z): spikes come in another order than evenly spread
+
+The last three are those of Bu et al. 2022 (arXiv 2303.04347, section 4). The share of a part is its projection on
+the error, E[e part] / E[e^2], so shares add up to 1 and one that cancels others is negative.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from quickspike.conversion import SpikingNetwork
+from quickspike.data import Batches, labelled_batches
+from quickspike.errors import ConversionError, DataError
+from quickspike.neuron import AccumulatedMaxPool, Neuron, Repeat, integrate, unfold
+from quickspike.operators import FUNCTION_NAMES
+
+PARTS = ("inherited", "max-pooling", "clipping", "quantisation", "unevenness")
+OWN = PARTS[1:]
+"""What a site adds itself."""
+CHUNK = 1_000_000
+"""Values of an image times steps times images that are compared at a time."""
+NOTABLE = 0.05
+"""Own error, relative to the activations, from which there is advice."""
+REMEDIES = {
+    "inherited": "nothing to mend here; look at the sites before it",
+    "max-pooling": "use average pooling in the source network, or more steps",
+    "clipping": "raise the percentile or train the ceiling",
+    "quantisation": "take more steps, start at v(0) = theta/2 (initial=0.5), or lower the threshold",
+    "unevenness": "fine-tune (quickspike tune), let layers wait for whole windows (synchronous=True), or take more steps",
+}
+
+
+@dataclass(frozen=True)
+class SiteAnatomy:
+    """The error of one site. Errors are root mean squares over images and neurons, as shares of that of the activations."""
+
+    site: str
+    error: float
+    own: float
+    """Of what the site adds: everything but what it inherits."""
+    shares: dict[str, float]
+    """Part of the error, by source; they add up to 1."""
+    sizes: dict[str, float]
+    """Root mean square of every part."""
+    biases: dict[str, float]
+    """Mean of every part: negative where too little comes out."""
+    branches: dict[str, float]
+    """For a residual join: how the error of its current divides among what it adds up."""
+    silent: float
+    """Share of the neurons (of all images) that did not fire."""
+    saturated: float
+    """Share that fired at every step."""
+    outside: float | None
+    """Share whose potential was left outside [0, theta); None where it leaks."""
+    rates: tuple[float, ...]
+    """Shares of neurons by rate: ten equal bins of [0, 1]."""
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """All sites, in the order of the network."""
+
+    sites: tuple[SiteAnatomy, ...]
+    images: int
+    steps: int
+
+    @property
+    def worst(self) -> SiteAnatomy:
+        """The site that adds the largest error itself."""
+        return max(self.sites, key=lambda one: one.own)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+@dataclass
+class _Sums:
+    """Sums over the images so far."""
+
+    count: int = 0
+    activation: float = 0.0
+    error: float = 0.0
+    own: float = 0.0
+    along: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    squares: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    means: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    current: float = 0.0
+    branches: dict[str, float] = field(default_factory=dict)
+    silent: int = 0
+    saturated: int = 0
+    outside: int | None = 0
+    rates: Tensor = field(default_factory=lambda: torch.zeros(10, dtype=torch.int64))
+
+
+def anatomy_of(snn: SpikingNetwork, data: Batches) -> Anatomy:
+    """Split the conversion error of every site on images.
+
+    Args:
+        snn: not modified; its own T. After fine-tuning the network without spikes is one that nobody trained: the
+            figures then say how the two differ, not what was lost.
+        data: images, with labels or without.
+
+    Raises:
+        ConversionError: a network for the count engine, which has no steps.
+        DataError: there are no images.
+    """
+    if snn.summed:
+        raise ConversionError("a network made for the count engine has no steps; look into the one it was made from")
+    sums = {site.name: _Sums() for site in snn.sites}
+    images = 0
+    with torch.inference_mode():
+        for batch, _ in labelled_batches(data):
+            for part in torch.split(batch, max(1, CHUNK // (batch[0].numel() * snn.steps))):
+                snn.check_input(part)
+                part = part.to(next(snn.parameters()))
+                spiking, plain = _Spiking(snn), _Plain(snn)
+                spiking.run(part)
+                plain.run(part)
+                for node in snn.network.graph.nodes:
+                    if node.op == "call_module" and str(node.target) in sums:
+                        _add(sums[str(node.target)], snn, node, spiking, plain)
+                images += len(part)
+    if images == 0:
+        raise DataError("there are no images to compare on")
+    return Anatomy(tuple(_finished(site.name, sums[site.name]) for site in snn.sites), images, snn.steps)
+
+
+class _Kept(fx.Interpreter):
+    """Keeps what arrives at neurons and leaves them, and what joins and poolings in front of them read."""
+
+    def __init__(self, snn: SpikingNetwork) -> None:
+        super().__init__(snn.network)
+        self.snn = snn
+        self.kept: dict[fx.Node, Tensor] = {}
+        self.wanted = {wanted for site in snn.sites for wanted in _around(snn.network, site.name)}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self.wanted:
+            self.kept[n] = self.mean(n, value)
+        return value
+
+    def mean(self, n: fx.Node, value: Tensor) -> Tensor:
+        """Over the steps."""
+        return value
+
+
+class _Spiking(_Kept):
+    """The network as it is."""
+
+    def __init__(self, snn: SpikingNetwork) -> None:
+        super().__init__(snn)
+        self.timed = _timed(snn.network)
+        self.counts: dict[fx.Node, Tensor] = {}
+
+    def mean(self, n: fx.Node, value: Tensor) -> Tensor:
+        layer = self.submodules.get(str(n.target)) if n.op == "call_module" else None
+        if isinstance(layer, Neuron):
+            self.counts[n] = unfold(value, self.snn.steps).ne(0).sum(0)
+        return unfold(value, self.snn.steps).mean(0) if n in self.timed else value
+
+
+class _Plain(_Kept):
+    """The same weights without time: activations in place of neurons."""
+
+    def __init__(self, snn: SpikingNetwork) -> None:
+        super().__init__(snn)
+        self.ceilings = {site.name: site.ceiling for site in snn.sites}
+        self.winners: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.node = n
+        return super().run_node(n)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        layer = self.fetch_attr(target)
+        if isinstance(layer, Neuron):
+            return activation(layer, args[0], self.ceilings[str(target)])
+        if isinstance(layer, Repeat):
+            return args[0]
+        if isinstance(layer, AccumulatedMaxPool):
+            pool: Any = copy.copy(layer.pool)
+            pool.return_indices = True
+            value, self.winners[self.node] = pool(args[0])
+            return value
+        return super().call_module(target, args, kwargs)
+
+
+def activation(neuron: Neuron, z: Tensor, ceiling: float | None) -> Tensor:
+    """What the neuron stands for: the activation of the source, in the units of its spikes."""
+    theta, _ = neuron.bounded()
+    slope = 1.0 if neuron.scaled else neuron.amplitude / theta
+    return (z.relu() if ceiling is None else z.clamp(0.0, ceiling)) * slope
+
+
+def _timed(network: fx.GraphModule) -> set[fx.Node]:
+    """Nodes whose values differ from step to step, `[T*B, ...]`."""
+    timed = set[fx.Node]()
+    for node in network.graph.nodes:
+        layer = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, (Neuron, Repeat, AccumulatedMaxPool)) or any(parent in timed for parent in node.all_input_nodes):
+            timed.add(node)
+    return timed
+
+
+def _around(network: fx.GraphModule, site: str) -> list[fx.Node]:
+    """The neuron's node, its current, and what a join or a pooling there reads."""
+    (neuron,) = (node for node in network.graph.nodes if node.op == "call_module" and node.target == site)
+    (current,) = neuron.all_input_nodes
+    return [neuron, current, *(current.all_input_nodes if _is_join(current) or _is_pool(network, current) else ())]
+
+
+def _is_join(node: fx.Node) -> bool:
+    return FUNCTION_NAMES.get(node.target) == "add" and len(node.all_input_nodes) > 1
+
+
+def _is_pool(network: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(network.get_submodule(str(node.target)), AccumulatedMaxPool)
+
+
+def _add(sums: _Sums, snn: SpikingNetwork, node: fx.Node, spiking: _Spiking, plain: _Plain) -> None:
+    """Take one batch into account."""
+    neuron: Any = snn.neuron(str(node.target))
+    ceiling = plain.ceilings[str(node.target)]
+    (current,) = node.all_input_nodes
+    z, wanted, out = spiking.kept[current], plain.kept[node], spiking.kept[node]
+    at_winner = z
+    if _is_pool(snn.network, current):
+        (before,) = current.all_input_nodes
+        # At the place that is largest without spikes.
+        at_winner = spiking.kept[before].flatten(2).gather(2, plain.winners[current].flatten(2)).view_as(z)
+    theta, leak = neuron.bounded()
+    height = neuron.amplitude * theta if neuron.scaled else neuron.amplitude
+    here, there = activation(neuron, z, ceiling), activation(neuron, at_winner, ceiling)
+    clipped = torch.minimum(here, height.expand_as(here))
+    stairs = unfold(
+        integrate(z, neuron.initial * theta, theta, leak, height, snn.steps, constant=True, strict=neuron.strict)[0], snn.steps
+    ).mean(0)
+    parts = dict(zip(PARTS, (there - wanted, here - there, clipped - here, stairs - clipped, out - stairs), strict=True))
+    error = (out - wanted).double()
+    sums.count += error.numel()
+    sums.activation += float(wanted.double().square().sum())
+    sums.error += float(error.square().sum())
+    sums.own += float((out - there).double().square().sum())
+    for name, part in parts.items():
+        part = part.double()
+        sums.along[name] += float((error * part).sum())
+        sums.squares[name] += float(part.square().sum())
+        sums.means[name] += float(part.sum())
+    if _is_join(current):
+        off = (z - plain.kept[current]).double()
+        sums.current += float(off.square().sum())
+        for branch in current.all_input_nodes:
+            share = float((off * (spiking.kept[branch] - plain.kept[branch]).double()).sum())
+            sums.branches[branch.name] = sums.branches.get(branch.name, 0.0) + share
+    counts = spiking.counts[node]
+    sums.silent += int((counts == 0).sum())
+    sums.saturated += int((counts == snn.steps).sum())
+    sums.rates += torch.bincount((counts * 10 // (snn.steps + 1)).flatten().clamp_(max=9), minlength=10).cpu()
+    if bool((leak != 1).any()):
+        sums.outside = None
+    elif sums.outside is not None:
+        # Without a leak, what came in either went out or is still there.
+        left = neuron.initial * theta + snn.steps * z - theta * counts
+        slack = 1e-4 * theta
+        sums.outside += int(((left < -slack) | (left > theta + slack)).sum())
+
+
+def _finished(site: str, sums: _Sums) -> SiteAnatomy:
+    unit = math.sqrt(sums.activation / sums.count) or 1.0
+
+    def size(square: float) -> float:
+        return math.sqrt(square / sums.count) / unit
+
+    shares = {name: value / sums.error if sums.error else 0.0 for name, value in sums.along.items()}
+    found = SiteAnatomy(
+        site=site,
+        error=size(sums.error),
+        own=size(sums.own),
+        shares=shares,
+        sizes={name: size(value) for name, value in sums.squares.items()},
+        biases={name: value / sums.count / unit for name, value in sums.means.items()},
+        branches={name: value / sums.current if sums.current else 0.0 for name, value in sums.branches.items()},
+        silent=sums.silent / sums.count,
+        saturated=sums.saturated / sums.count,
+        outside=None if sums.outside is None else sums.outside / sums.count,
+        rates=tuple((sums.rates.double() / sums.count).tolist()),
+    )
+    return SiteAnatomy(**{**vars(found), "advice": advice(found)})
+
+
+def advice(site: SiteAnatomy) -> str:
+    """One sentence on what to do about a site; empty where it is good enough."""
+    if site.error < NOTABLE:
+        return ""
+    source = max(site.shares, key=lambda name: site.shares[name]) if site.own < NOTABLE else main_source(site.sizes)
+    share = 100 * site.shares[source]
+    return f"{site.site}: error {100 * site.error:.0f} % of the activations, {share:.0f} % of it {source}; {REMEDIES[source]}"
+
+
+def main_source(sizes: Mapping[str, float]) -> str:
+    """The largest of the parts that a site adds itself."""
+    return max(OWN, key=lambda name: sizes[name])
+
+
+def without_spikes(snn: SpikingNetwork, images: Tensor) -> Tensor:
+    """The outputs of the same weights with activations in place of neurons, `[B, K]`: what T = infinity is held against."""
+    with torch.inference_mode():
+        result: Tensor = _Plain(snn).run(images)
+    return result

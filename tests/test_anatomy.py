@@ -1,0 +1,184 @@
+"""The split of the conversion error: it adds up, and a planted fault is named with its site and its source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from torch import Tensor, nn
+
+import quickspike as qs
+from quickspike.anatomy import OWN, PARTS, Anatomy, SiteAnatomy, advice, anatomy_of, without_spikes
+from quickspike.conversion import SpikingNetwork
+from quickspike.errors import ConversionError, DataError
+from quickspike.neuron import Neuron, unfold
+from quickspike.simulation import simulate
+from random_networks import NETWORKS, draw
+
+Digits = Callable[[str], SpikingNetwork]
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(**NETWORKS)
+def test_the_parts_add_up_to_the_error(**drawn: object) -> None:
+    snn, images = draw(**drawn)
+    found = anatomy_of(snn, images)
+    assert [one.site for one in found.sites] == [site.name for site in snn.sites]
+    for one in found.sites:
+        assert set(one.shares) == set(one.sizes) == set(one.biases) == set(PARTS)
+        if one.error:
+            assert sum(one.shares.values()) == pytest.approx(1, abs=1e-4)
+        # A root mean square is at most the sum of those of its parts.
+        assert one.error <= sum(one.sizes.values()) + 1e-6
+        assert one.own <= sum(one.sizes[name] for name in OWN) + 1e-6
+        assert sum(one.rates) == pytest.approx(1)
+        if one.branches:
+            assert sum(one.branches.values()) == pytest.approx(1, abs=1e-3)
+    first = found.sites[0]
+    # The image is the same at every step and has no error.
+    assert first.sizes["inherited"] < 1e-5
+    assert first.sizes["unevenness"] < 1e-5
+
+
+def test_the_error_is_that_of_the_mean_output(spiking_digits: Digits, digits_test: tuple[Tensor, Tensor], digits_source: nn.Module) -> None:
+    snn, images = spiking_digits("threshold_balancing").with_steps(4), digits_test[0][:100]
+    found = {one.site: one for one in anatomy_of(snn, images).sites}
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        module.register_forward_hook(lambda *arguments, name=name: seen.__setitem__(name, arguments[2]))
+        for network in (snn.network, digits_source)
+        for name, module in network.named_modules()
+        if isinstance(module, (Neuron, nn.ReLU))
+    ]
+    with torch.no_grad():
+        snn(images)
+        outputs = {name: unfold(value, 4).mean(0) for name, value in seen.items()}
+        seen.clear()
+        digits_source.eval()(images)
+    for hook in hooks:
+        hook.remove()
+    assert outputs.keys() == found.keys()
+    for name, out in outputs.items():
+        wanted = seen[name].relu()
+        unit = wanted.square().mean().sqrt()
+        assert found[name].error == pytest.approx(float((out - wanted).square().mean().sqrt() / unit), rel=1e-3)
+        assert sum(found[name].biases.values()) == pytest.approx(float((out - wanted).mean() / unit), rel=1e-2, abs=1e-4)
+    spikes = simulate(snn, images).spikes
+    for name, counts in spikes.items():
+        assert found[name].silent == pytest.approx(float((counts == 0).double().mean()))
+        assert found[name].saturated == pytest.approx(float((counts == 4).double().mean()))
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_the_network_without_spikes_is_the_source(
+    quantised: bool, spiking_digits: Digits, digits_test: tuple[Tensor, Tensor], digits_source: nn.Module
+) -> None:
+    snn = spiking_digits("threshold_balancing")
+    plain = without_spikes(qs.quantise(snn).network if quantised else snn, digits_test[0])
+    with torch.no_grad():
+        wanted = digits_source.eval()(digits_test[0])
+    error = float((plain - wanted).norm() / wanted.norm())
+    # In whole numbers its spikes have height 1 and its thresholds are integers: the activations have other units.
+    assert error < (0.05 if quantised else 1e-5)
+
+
+def test_layers_that_wait_for_whole_windows_have_no_unevenness(spiking_digits: Digits, digits_test: tuple[Tensor, Tensor]) -> None:
+    streaming = spiking_digits("threshold_balancing").with_steps(4)
+    one, other = (anatomy_of(network, digits_test[0][:50]) for network in (streaming, streaming.as_synchronous()))
+    assert max(site.sizes["unevenness"] for site in one.sites) > 0.05
+    assert max(site.sizes["unevenness"] for site in other.sites) < 1e-4
+    assert all(site.outside == 0 for site in other.sites if site.saturated + site.silent == 0)
+
+
+def faults() -> dict[str, tuple[Callable[[Neuron], None], str]]:
+    def smaller(neuron: Neuron) -> None:
+        neuron.threshold.data /= 10
+
+    def larger(neuron: Neuron) -> None:
+        neuron.threshold.data *= 10
+
+    def hard_reset(neuron: Neuron) -> None:
+        def forward(current: Tensor) -> Tensor:
+            theta, _ = neuron.bounded()
+            v, spikes = neuron.initial * theta, []
+            for part in unfold(current if not neuron.constant_input else current.repeat(neuron.steps, 1, 1, 1), neuron.steps):
+                v = v + part
+                fired = (v >= theta).float()
+                spikes.append(fired * theta)
+                v = v * (1 - fired)
+            return torch.cat(spikes)
+
+        neuron.forward = forward  # type: ignore[method-assign]
+
+    return {"threshold / 10": (smaller, "clipping"), "threshold x 10": (larger, "quantisation"), "hard reset": (hard_reset, "unevenness")}
+
+
+@pytest.mark.parametrize("site", [0, 1, 2, 3])
+@pytest.mark.parametrize("fault", faults())
+def test_a_planted_fault_is_named(fault: str, site: int, spiking_digits: Digits, digits_test: tuple[Tensor, Tensor]) -> None:
+    snn = spiking_digits("threshold_balancing").with_steps(8)
+    plant, source = faults()[fault]
+    name = snn.sites[site].name
+    plant(snn.neuron(name))
+    found = anatomy_of(snn, digits_test[0][:100])
+    assert found.worst.site == name
+    assert max(OWN, key=lambda part: found.worst.sizes[part]) == source
+    assert source in found.worst.advice
+
+
+class Pooled(nn.Module):
+    """Max-pooling, and a residual join."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.mixed, self.fc = nn.Conv2d(1, 6, 3), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 6, 1), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(F.max_pool2d(self.conv(F.relu(self.stem(x))), 2))
+        return self.fc(F.relu(x + self.mixed(x)).mean((2, 3)))
+
+
+def test_pools_and_joins_are_told_apart() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(20, 1, 12, 12)
+    snn = qs.convert(Pooled(), images, steps=3)
+    stem, pooled, joined = anatomy_of(snn, images).sites
+    assert (stem.sizes["max-pooling"], joined.sizes["max-pooling"]) == (0, 0)
+    # The largest of several values that err is too large.
+    assert pooled.sizes["max-pooling"] > 0.01
+    assert pooled.biases["max-pooling"] > 0
+    assert len(joined.branches) == 2
+    assert stem.branches == pooled.branches == {}
+
+
+def test_advice_is_given_where_it_is_needed() -> None:
+    def site(error: float, own: float, source: str) -> SiteAnatomy:
+        parts = dict.fromkeys(PARTS, 0.0) | {source: error}
+        shares = dict.fromkeys(PARTS, 0.0) | {source: 1.0}
+        return SiteAnatomy("a.relu", error, own, shares, parts, parts, {}, 0.0, 0.0, 0.0, ())
+
+    assert advice(site(0.01, 0.01, "clipping")) == ""
+    assert advice(site(0.5, 0.5, "clipping")).startswith(
+        "a.relu: error 50 % of the activations, 100 % of it clipping; raise the percentile"
+    )
+    assert "sites before it" in advice(site(0.5, 0.0, "inherited"))
+
+
+def test_what_has_no_anatomy_is_refused(spiking_digits: Digits, digits_test: tuple[Tensor, Tensor]) -> None:
+    snn = spiking_digits("threshold_balancing")
+    with pytest.raises(DataError, match="no images"):
+        anatomy_of(snn, [])
+    windows = qs.accelerate(qs.quantise(snn).network.as_synchronous(), "count")
+    with pytest.raises(ConversionError, match="count engine"):
+        anatomy_of(windows, digits_test[0])
+
+
+def test_it_is_plain_data_and_leaves_the_network_alone(spiking_digits: Digits, digits_test: tuple[Tensor, Tensor]) -> None:
+    snn = spiking_digits("threshold_balancing")
+    before = {name: value.clone() for name, value in snn.state_dict().items()}
+    found: Anatomy = anatomy_of(snn, digits_test[0][:10])
+    assert found.to_json()["sites"][0]["shares"].keys() == set(PARTS)
+    assert all(torch.equal(value, before[name]) for name, value in snn.state_dict().items())
