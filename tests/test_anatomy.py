@@ -155,15 +155,17 @@ def test_pools_and_joins_are_told_apart() -> None:
 
 
 def test_advice_is_given_where_it_is_needed() -> None:
-    def site(error: float, own: float, source: str) -> SiteAnatomy:
+    def site(error: float, own: float, source: str, initial: float = 0.5) -> SiteAnatomy:
         parts = dict.fromkeys(PARTS, 0.0) | {source: error}
         shares = dict.fromkeys(PARTS, 0.0) | {source: 1.0}
-        return SiteAnatomy("a.relu", error, own, shares, parts, parts, {}, 0.0, 0.0, 0.0, ())
+        return SiteAnatomy("a.relu", error, own, shares, parts, parts, {}, 0.0, 0.0, initial, 0.0, ())
 
     assert advice(site(0.01, 0.01, "clipping")) == ""
     assert advice(site(0.5, 0.5, "clipping")).startswith(
         "a.relu: error 50 % of the activations, 100 % of it clipping; raise the percentile"
     )
+    assert "theta/2" in advice(site(0.5, 0.5, "quantisation", initial=0.0))
+    assert "theta/2" not in advice(site(0.5, 0.5, "quantisation"))
     assert "sites before it" in advice(site(0.5, 0.0, "inherited"))
 
 

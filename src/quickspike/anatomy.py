@@ -42,7 +42,7 @@ REMEDIES = {
     "inherited": "nothing to mend here; look at the sites before it",
     "max-pooling": "use average pooling in the source network, or more steps",
     "clipping": "raise the percentile or train the ceiling",
-    "quantisation": "take more steps, start at v(0) = theta/2 (initial=0.5), or lower the threshold",
+    "quantisation": "take more steps, or train with quantised activations (method=qcfs)",
     "unevenness": "fine-tune (quickspike tune), let layers wait for whole windows (synchronous=True), or take more steps",
 }
 
@@ -67,6 +67,8 @@ class SiteAnatomy:
     """Share of the neurons (of all images) that did not fire."""
     saturated: float
     """Share that fired at every step."""
+    initial: float
+    """Mean initial potential, in theta."""
     outside: float | None
     """Share whose potential was left outside [0, theta); None where it leaks."""
     rates: tuple[float, ...]
@@ -141,7 +143,7 @@ def anatomy_of(snn: SpikingNetwork, data: Batches) -> Anatomy:
                 images += len(part)
     if images == 0:
         raise DataError("there are no images to compare on")
-    return Anatomy(tuple(_finished(site.name, sums[site.name]) for site in snn.sites), images, snn.steps)
+    return Anatomy(tuple(_finished(site.name, sums[site.name], snn.neuron(site.name)) for site in snn.sites), images, snn.steps)
 
 
 class _Kept(fx.Interpreter):
@@ -285,7 +287,7 @@ def _add(sums: _Sums, snn: SpikingNetwork, node: fx.Node, spiking: _Spiking, pla
         sums.outside += int(((left < -slack) | (left > theta + slack)).sum())
 
 
-def _finished(site: str, sums: _Sums) -> SiteAnatomy:
+def _finished(site: str, sums: _Sums, neuron: Neuron) -> SiteAnatomy:
     unit = math.sqrt(sums.activation / sums.count) or 1.0
 
     def size(square: float) -> float:
@@ -302,6 +304,7 @@ def _finished(site: str, sums: _Sums) -> SiteAnatomy:
         branches={name: value / sums.current if sums.current else 0.0 for name, value in sums.branches.items()},
         silent=sums.silent / sums.count,
         saturated=sums.saturated / sums.count,
+        initial=float(neuron.initial.mean()),
         outside=None if sums.outside is None else sums.outside / sums.count,
         rates=tuple((sums.rates.double() / sums.count).tolist()),
     )
@@ -313,8 +316,10 @@ def advice(site: SiteAnatomy) -> str:
     if site.error < NOTABLE:
         return ""
     source = max(site.shares, key=lambda name: site.shares[name]) if site.own < NOTABLE else main_source(site.sizes)
-    share = 100 * site.shares[source]
-    return f"{site.site}: error {100 * site.error:.0f} % of the activations, {share:.0f} % of it {source}; {REMEDIES[source]}"
+    share, remedy = 100 * site.shares[source], REMEDIES[source]
+    if source == "quantisation" and site.initial < 0.4:
+        remedy = f"start at v(0) = theta/2 (initial=0.5), {remedy}"
+    return f"{site.site}: error {100 * site.error:.0f} % of the activations, {share:.0f} % of it {source}; {remedy}"
 
 
 def main_source(sizes: Mapping[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,18 +61,32 @@ def exit_table(savings: Sequence[Saving], report: Report) -> Table:
     return table
 
 
+_SHORT = {"inherited": "inherited", "max-pooling": "pool", "clipping": "clip", "quantisation": "quant.", "unevenness": "uneven"}
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
 def anatomy_tables(anatomy: Anatomy) -> RenderableType:
-    """The error of every site and where it comes from, then what helps, the largest own error first."""
-    table = Table(title=f"conversion error, T = {anatomy.steps}, {anatomy.images} images; parts in % of each site's error")
-    table.add_column("site", overflow="fold")
-    for heading in ("error", "own", *PARTS, "silent", "saturated"):
-        table.add_column(heading, justify="right")
+    """The error of every site and where it comes from, how its neurons fire, and what helps, the largest own error first."""
+    errors = Table(title=f"conversion error after T = {anatomy.steps} ({anatomy.images} images)")
+    errors.add_column("site", overflow="fold")
+    parts = [part for part in PARTS if part != "max-pooling" or any(one.sizes[part] for one in anatomy.sites)]
+    for heading in ("error", "own", *(f"{_SHORT[part]} %" for part in parts)):
+        errors.add_column(heading, justify="right")
     for one in anatomy.sites:
-        shares = (f"{100 * one.shares[part]:.0f}" for part in PARTS)
-        table.add_row(one.site, f"{one.error:.3f}", f"{one.own:.3f}", *shares, f"{one.silent:.2f}", f"{one.saturated:.2f}")
-    table.caption = "error and own part: relative to the activations; silent, saturated: shares of the neurons"
+        errors.add_row(one.site, f"{one.error:.3f}", f"{one.own:.3f}", *(f"{100 * one.shares[part]:.0f}" for part in parts))
+    errors.caption = "error, own part: relative to the activations; %: shares of the error"
+    neurons = Table(title="shares of the neurons")
+    neurons.add_column("site", overflow="fold")
+    for heading in ("silent", "saturated", "left outside", "rate 0 to 1"):
+        neurons.add_column(heading, justify="right")
+    for one in anatomy.sites:
+        outside = "-" if one.outside is None else f"{one.outside:.3f}"
+        # A root, so that rare rates are seen beside silence.
+        bars = "".join(_BARS[math.ceil(8 * math.sqrt(share))] for share in one.rates)
+        neurons.add_row(one.site, f"{one.silent:.3f}", f"{one.saturated:.3f}", outside, bars)
+    neurons.caption = "left outside: potentials that ended below 0 or above theta"
     worst = sorted((one for one in anatomy.sites if one.advice), key=lambda one: -one.own)[:3]
-    return Group(table, *(Text(f"- {one.advice}") for one in worst))
+    return Group(errors, neurons, *(Text(f"- {one.advice}") for one in worst))
 
 
 def energy_tables(operations: Operations, energies: Sequence[Energy]) -> RenderableType:
