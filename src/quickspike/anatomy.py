@@ -70,9 +70,10 @@ class SiteAnatomy:
     initial: float
     """Mean initial potential, in theta."""
     outside: float | None
-    """Share whose potential was left outside [0, theta); None where it leaks."""
+    """Share that fired too often (potential left below 0) or not often enough (left above theta), though it could have
+    done otherwise: the traces of unevenness. None where potentials leak."""
     rates: tuple[float, ...]
-    """Shares of neurons by rate: ten equal bins of [0, 1]."""
+    """Shares of neurons by rate: T + 1 equal bins of [0, 1], at most ten."""
     advice: str = ""
 
 
@@ -143,7 +144,7 @@ def anatomy_of(snn: SpikingNetwork, data: Batches) -> Anatomy:
                 images += len(part)
     if images == 0:
         raise DataError("there are no images to compare on")
-    return Anatomy(tuple(_finished(site.name, sums[site.name], snn.neuron(site.name)) for site in snn.sites), images, snn.steps)
+    return Anatomy(tuple(_finished(site.name, sums[site.name], snn.neuron(site.name), snn.steps) for site in snn.sites), images, snn.steps)
 
 
 class _Kept(fx.Interpreter):
@@ -277,17 +278,19 @@ def _add(sums: _Sums, snn: SpikingNetwork, node: fx.Node, spiking: _Spiking, pla
     counts = spiking.counts[node]
     sums.silent += int((counts == 0).sum())
     sums.saturated += int((counts == snn.steps).sum())
-    sums.rates += torch.bincount((counts * 10 // (snn.steps + 1)).flatten().clamp_(max=9), minlength=10).cpu()
+    bins = min(10, snn.steps + 1)
+    sums.rates += torch.bincount((counts * bins // (snn.steps + 1)).flatten(), minlength=10).cpu()
     if bool((leak != 1).any()):
         sums.outside = None
     elif sums.outside is not None:
         # Without a leak, what came in either went out or is still there.
         left = neuron.initial * theta + snn.steps * z - theta * counts
         slack = 1e-4 * theta
-        sums.outside += int(((left < -slack) | (left > theta + slack)).sum())
+        too_often, too_seldom = (left < -slack) & (counts > 0), (left > theta + slack) & (counts < snn.steps)
+        sums.outside += int((too_often | too_seldom).sum())
 
 
-def _finished(site: str, sums: _Sums, neuron: Neuron) -> SiteAnatomy:
+def _finished(site: str, sums: _Sums, neuron: Neuron, steps: int) -> SiteAnatomy:
     unit = math.sqrt(sums.activation / sums.count) or 1.0
 
     def size(square: float) -> float:
@@ -306,7 +309,7 @@ def _finished(site: str, sums: _Sums, neuron: Neuron) -> SiteAnatomy:
         saturated=sums.saturated / sums.count,
         initial=float(neuron.initial.mean()),
         outside=None if sums.outside is None else sums.outside / sums.count,
-        rates=tuple((sums.rates.double() / sums.count).tolist()),
+        rates=tuple((sums.rates.double() / sums.count)[: steps + 1].tolist()),
     )
     return SiteAnatomy(**{**vars(found), "advice": advice(found)})
 

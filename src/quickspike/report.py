@@ -77,14 +77,14 @@ def anatomy_tables(anatomy: Anatomy) -> RenderableType:
     errors.caption = "error, own part: relative to the activations; %: shares of the error"
     neurons = Table(title="shares of the neurons")
     neurons.add_column("site", overflow="fold")
-    for heading in ("silent", "saturated", "left outside", "rate 0 to 1"):
+    for heading in ("silent", "saturated", "uneven", "rate 0 to 1"):
         neurons.add_column(heading, justify="right")
     for one in anatomy.sites:
         outside = "-" if one.outside is None else f"{one.outside:.3f}"
         # A root, so that rare rates are seen beside silence.
         bars = "".join(_BARS[math.ceil(8 * math.sqrt(share))] for share in one.rates)
         neurons.add_row(one.site, f"{one.silent:.3f}", f"{one.saturated:.3f}", outside, bars)
-    neurons.caption = "left outside: potentials that ended below 0 or above theta"
+    neurons.caption = "uneven: fired too often or too seldom for what arrived, though they could have done otherwise"
     worst = sorted((one for one in anatomy.sites if one.advice), key=lambda one: -one.own)[:3]
     return Group(errors, neurons, *(Text(f"- {one.advice}") for one in worst))
 
