@@ -20,10 +20,13 @@ import torch
 import quickspike as qs
 from quickspike.augmentation import Augmentation
 from quickspike.cli import main
+from quickspike.console import show
 from quickspike.data import DataSet
 from quickspike.method import all_methods
 from quickspike.models import load_model
 from quickspike.options import options_of
+from quickspike.report import search_tables
+from quickspike.searching import Found, Trial
 from quickspike.training import Training
 from quickspike.tuning import Tuning
 
@@ -161,6 +164,10 @@ OTHER = {
         *("MODEL", *DATA, "--methods NAME", "--steps T", "--weights FILE", "--calibration-images N", "--images N", "--out FILE"),
         *("--device NAME", "--json", "[unit: images; range: >= 1]"),
     ),
+    "search": (
+        *("MODEL", *DATA, "--methods NAME", "--max-drop LOSS", "--most-steps T", "--synchronous", "--energy DEVICE", "--weights FILE"),
+        *("--calibration-images N", "--images N", "--out FILE", "--network FILE", "--device NAME", "--json"),
+    ),
 }
 
 
@@ -279,6 +286,31 @@ def test_run(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     again = run(*arguments, "--resume", "--json")
     ended_well(again)
     assert json.loads(again.out)["runs"] == written["runs"]
+
+
+def test_search(run: Any, model: Path, few: str, tmp_path: Path) -> None:
+    out, network = tmp_path / "trials.json", tmp_path / "network.safetensors"
+    arguments = ("search", f"{model}:net", "--data", few, "--methods", "threshold_balancing", "rate_norm", "--calibration-images", 50)
+    options = ("--images", 60, "--max-drop", 30, "--most-steps", 4, "--device", "cpu", "--out", out, "--network", network)
+    result = run(*arguments, *options, "--synchronous", "--energy", "45nm_fp32")
+    ended_well(result)
+    assert "threshold_balancing synchronous=True, T = " in result.err
+    trials = json.loads(out.read_text())["trials"]
+    assert result.err.count("T = ") == len(trials)
+    again = json.loads(run(*arguments, *options, "--synchronous", "--energy", "45nm_fp32", "--json").out)
+    assert again["trials"] == trials
+    assert again["best"]["drop"] <= 30
+    steps = again["best"]["steps"]
+    report = json.loads(run("evaluate", network, "--data", few, "--device", "cpu", "--steps", steps, "--json").out)
+    assert report["accuracy"] == again["test"]["accuracy"]
+    failed(run(*arguments, "--device", "cpu", "--max-drop", -1), "max_drop")
+
+
+def test_a_search_that_finds_nothing_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    show(search_tables(Found(None, (Trial("qcfs", 4, 4, 50.0, 40.0, None, 1.0),), (), 90.0, 0.5), None))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "qcfs" in shown
+    assert "Nothing loses at most 0.5 points; allow more steps (--most-steps), or train (train, tune)." in shown
 
 
 def test_compare(run: Any, model: Path, few: str, tmp_path: Path) -> None:

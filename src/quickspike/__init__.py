@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from quickspike.neuron import Surrogate
     from quickspike.operations import count_operations
     from quickspike.quantisation import quantise
+    from quickspike.searching import search
     from quickspike.simulation import Run, simulate
 
 # Where each public name lives. They are fetched on first use, so that the command line can answer `--help` without
@@ -47,6 +48,7 @@ _HOMES = {
     "Surrogate": "neuron",
     "count_operations": "operations",
     "quantise": "quantisation",
+    "search": "searching",
     "Run": "simulation",
     "simulate": "simulation",
 }
@@ -72,6 +74,7 @@ __all__ = [
     "methods",
     "quantise",
     "register",
+    "search",
     "simulate",
     "trace",
 ]

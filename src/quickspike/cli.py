@@ -316,13 +316,14 @@ def _dispatch(arguments: list[str]) -> None:
         "tune": _tune_stub,
         "evaluate": evaluate,
         "compare": _compare_stub,
+        "search": _search_stub,
         "run": _run_stub,
     }
     if arguments[:1] == ["convert"]:
         from quickspike.method import get
 
         commands["convert"] = _convert_command(get(DEFAULT_METHOD if (chosen := _chosen_method(arguments)) is None else chosen))
-    if arguments[:1] in (["train"], ["tune"], ["run"], ["compare"]):
+    if arguments[:1] in (["train"], ["tune"], ["run"], ["compare"], ["search"]):
         commands[arguments[0]] = _training_command(arguments)
     tyro.extras.subcommand_cli_from_dict(
         commands,
@@ -350,6 +351,10 @@ def _compare_stub() -> None:
     """Convert one network with several methods, calibrated only, and show their accuracies in one table."""
 
 
+def _search_stub() -> None:
+    """Find the least T, and the method, that keep the accuracy within a bound."""
+
+
 def _convert_stub() -> None:
     """Convert a trained network with calibration images and save the spiking one."""
 
@@ -361,7 +366,8 @@ def _training_command(arguments: list[str]) -> Callable[..., None]:
         return cli_training.train_command(_chosen_method(arguments))
     if arguments[0] == "tune":
         return cli_training.tune_command()
-    return cli_training.run if arguments[0] == "run" else cli_training.compare
+    command: Callable[..., None] = getattr(cli_training, arguments[0])
+    return command
 
 
 def _chosen_method(arguments: list[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""The commands that train: train, tune, run and compare. Like the others, plain typed functions."""
+"""The commands that train or convert several times: train, tune, run, compare and search. Like the others, plain typed functions."""
 
 from __future__ import annotations
 
@@ -328,3 +328,75 @@ def compare(
     if out is not None:
         write_text(out, dump(plain))
     print_json(plain) if json else show(compare_table(reports))
+
+
+def search(
+    model: ModelName,
+    data: DataArguments,
+    methods: Annotated[tuple[str, ...] | None, Help(metavar="NAME", help="methods to try, calibrated only [default: all]")] = None,
+    max_drop: Annotated[float, Help(metavar="LOSS", help="accuracy that may be lost [unit: percentage points; range: >= 0]")] = 1.0,
+    most_steps: Annotated[int, Help(metavar="T", help="largest number of steps to try [unit: steps; range: >= 1]")] = 64,
+    synchronous: Annotated[bool, Help(help="try each method with layers that wait for whole windows, too")] = False,
+    energy: Annotated[str | None, Help(metavar="DEVICE", help="weigh energy too, on this device: see `evaluate --energy`")] = None,
+    weights: Weights = None,
+    calibration_images: Annotated[
+        int, Help(metavar="N", help="first N training images, without labels [unit: images; range: >= 1]")
+    ] = 1000,
+    images: Annotated[
+        int, Help(metavar="N", help="last N training images, on which accuracy is measured [unit: images; range: >= 1]")
+    ] = 2000,
+    out: Annotated[Path | None, Help(metavar="FILE", help="keep every trial there, as JSON; the same command goes on from it")] = None,
+    network: Annotated[Path | None, Help(metavar="FILE", help="save the best network")] = None,
+    device: Annotated[str, Help(metavar="NAME", help="auto, cpu, cuda, mps, ...")] = "auto",
+    json: Json = False,
+) -> None:
+    """Find the least T, and the method, that keep the accuracy within a bound; then measure that network on the test images."""
+    from quickspike.api import convert
+    from quickspike.evaluation import evaluate, make_fabric
+    from quickspike.files import check_writable
+    from quickspike.method import all_methods, get
+    from quickspike.models import load_model
+    from quickspike.options import options_of
+    from quickspike.report import search_tables
+    from quickspike.searching import Candidate, Trial
+    from quickspike.searching import search as find
+
+    candidates = [Candidate(name) for name in methods or tuple(all_methods())]
+    if synchronous:
+        waiting = (one for one in candidates if "synchronous" in options_of(get(one.method)))
+        candidates += [Candidate(one.method, {"synchronous": True}) for one in waiting]
+    for path in filter(None, (out, network)):
+        check_writable(path)
+    source = make_fabric(device).to_device(load_model(model, weights))
+    data_set = data.load()
+    size = data_set.size("train")
+    calibration = data_set.loader("train", limit=min(calibration_images, size))
+    held_out = data_set.loader("train", limit=min(images, size), last=True)
+
+    def progress(trial: Trial) -> None:
+        sys.stderr.write(f"{trial.candidate}, T = {trial.steps}: {trial.accuracy:.2f} %, {trial.drop:+.2f} lost, {trial.seconds:.0f} s\n")
+
+    found = find(
+        source,
+        calibration,
+        held_out,
+        candidates,
+        max_drop=max_drop,
+        most_steps=most_steps,
+        energy=energy,
+        device=device,
+        file=out,
+        progress=progress,
+    )
+    report = None
+    if found.best is not None:
+        chosen = next(one for one in candidates if str(one) == found.best.candidate)
+        best = convert(source, calibration, chosen.method, steps=found.best.steps, **chosen.options)
+        best.provenance.update(model=Path(model).name, data=Path(data.data).name, statistics=dataclasses.asdict(data_set.statistics))
+        report = evaluate(best, data_set.loader("test"), source, (found.best.steps,), device=device)
+        if network is not None:
+            best.save(network)
+    if json:
+        print_json(found.to_json() | {"test": None if report is None else report.to_json()})
+    else:
+        show(search_tables(found, report))

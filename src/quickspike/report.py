@@ -20,6 +20,7 @@ from quickspike.files import whole_file
 from quickspike.method import Method
 from quickspike.operations import Operations
 from quickspike.options import options_of
+from quickspike.searching import Found
 
 
 def accuracy_table(reports: Mapping[str, Report]) -> Table:
@@ -198,6 +199,25 @@ def compare_table(reports: Mapping[str, Mapping[int, Report]]) -> Table:
     if waits:
         table.caption = "* layers wait for whole windows: the answer takes depth x T steps"
     return table
+
+
+def search_tables(found: Found, report: Report | None) -> RenderableType:
+    """The trials that nothing beats, and the one that was looked for."""
+    table = Table(title=f"best trials; source network {found.reference:.2f} % on the same images")
+    table.add_column("method", overflow="fold")
+    priced = any(trial.energy is not None for trial in found.front)
+    for heading in ("T", "latency", "accuracy %", "lost", *(("nJ",) if priced else ())):
+        table.add_column(heading, justify="right")
+    for trial in found.front:
+        energy = (f"{trial.energy / 1e3:,.1f}",) if trial.energy is not None else ()
+        cells = (str(trial.steps), str(trial.latency), f"{trial.accuracy:.2f}", f"{trial.drop:+.2f}", *energy)
+        table.add_row(trial.candidate, *cells, style="bold" if trial == found.best else "")
+    if found.best is None or report is None:
+        text = f"Nothing loses at most {found.max_drop:g} points; allow more steps (--most-steps), or train (train, tune)."
+        return Group(table, Text(text))
+    (steps,) = report.steps
+    least = f"{found.best.candidate} with T = {steps}: {report.accuracy[steps]:.2f} % on {report.samples} test images"
+    return Group(table, Text(f"{least}, the source network {_percent(report.reference_accuracy)} %."))
 
 
 def recipe_tables(result: Mapping[str, Any]) -> RenderableType:

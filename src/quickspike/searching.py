@@ -1,0 +1,248 @@
+"""The least number of steps, over methods and their options, that keeps the loss of accuracy within bounds.
+
+For each candidate T is doubled until the loss is small enough, and then halved in between, which finds the least T as
+trying all of them would, as long as accuracy does not fall with more steps. A candidate that is not good enough at the
+latency of the best one so far is left at that. Every trial is converted for its own T.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quickspike.api import convert
+from quickspike.data import Batches
+from quickspike.energy import device_named, energy_of
+from quickspike.errors import CheckpointError, OptionError
+from quickspike.evaluation import accuracy_of, evaluate, make_fabric
+from quickspike.files import write_text
+from quickspike.method import create, get
+from quickspike.operations import count_operations
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to convert."""
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return " ".join([self.method, *(f"{name}={value}" for name, value in sorted(self.options.items()))])
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One conversion, measured."""
+
+    candidate: str
+    steps: int
+    latency: int
+    """Steps until the answer is there; more than `steps` where layers wait for whole windows."""
+    accuracy: float
+    drop: float
+    """Percentage points below the source network."""
+    energy: float | None
+    """Of an image, in pJ, conservative account; None if not asked for."""
+    seconds: float
+    """What conversion and measurement took."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Outcome of a search."""
+
+    best: Trial | None
+    """Least latency, then least energy, then highest accuracy within the allowed drop; None if nothing is within."""
+    front: tuple[Trial, ...]
+    """Trials that no other one beats in latency, accuracy and energy together, by latency."""
+    trials: tuple[Trial, ...]
+    reference: float
+    """Accuracy of the source network in percent."""
+    max_drop: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def search(
+    model: nn.Module,
+    calibration: Batches,
+    data: Batches,
+    candidates: Sequence[Candidate | str],
+    *,
+    max_drop: float = 1.0,
+    most_steps: int = 64,
+    energy: str | None = None,
+    device: str = "auto",
+    file: str | Path | None = None,
+    progress: Callable[[Trial], object] | None = None,
+) -> Found:
+    """Search.
+
+    Args:
+        model: the source network; not modified.
+        calibration: images, see `convert`.
+        data: labelled images that accuracy is measured on; what is chosen by them is to be reported on others.
+        candidates: methods by name, or with options.
+        max_drop: percentage points of accuracy that may be lost.
+        most_steps: the largest T that is tried.
+        energy: a device of `quickspike.energy`, if energy counts.
+        device: see `quickspike.evaluation.make_fabric`.
+        file: trials go there as they are made, and are not made again by a search that finds them there.
+        progress: called with every trial.
+
+    Raises:
+        OptionError: no candidates, a number out of range, or an option that a method does not have.
+        UnknownNameError: no such method or device.
+        CheckpointError: `file` belongs to another search.
+        OutputError: `file` cannot be written.
+    """
+    chosen = [Candidate(one) if isinstance(one, str) else one for one in candidates]
+    _check(chosen, max_drop, most_steps)
+    if energy is not None:
+        device_named(energy)
+    fabric = make_fabric(device)
+    reference = accuracy_of(fabric.to_device(model), data, fabric)
+    made = _Trials(model, calibration, data, reference, energy, device, None if file is None else Path(file), progress)
+    latency = math.inf
+    for candidate in chosen:
+
+        def enough(steps: int, candidate: Candidate = candidate) -> bool:
+            return made.trial(candidate, steps).drop <= max_drop
+
+        most = most_steps
+        if math.isfinite(latency):
+            # More steps than these would be no gain; a candidate that fails even there is left at that. With one step
+            # nothing waits, so two show how many steps of latency one step costs.
+            two = made.trial(candidate, min(2, most))
+            most = max(1, min(most, int(latency // (two.latency / two.steps))))
+            if not enough(most):
+                continue
+        least = _least(enough, most)
+        if least is not None:
+            latency = min(latency, made.trial(candidate, least).latency)
+    trials = tuple(made.trials)
+    within = [trial for trial in trials if trial.drop <= max_drop]
+    return Found(min(within, key=_order, default=None), front(trials), trials, reference, max_drop)
+
+
+def _check(candidates: Sequence[Candidate], max_drop: float, most_steps: int) -> None:
+    if not candidates:
+        raise OptionError("search: no candidates; name at least one method")
+    if not (math.isfinite(max_drop) and max_drop >= 0):
+        raise OptionError(f"search: max_drop must be >= 0 percentage points, got {max_drop!r}")
+    if not isinstance(most_steps, int) or most_steps < 1:
+        raise OptionError(f"search: most_steps must be a whole number >= 1, got {most_steps!r}")
+    for candidate in candidates:
+        get(candidate.method)
+        create(candidate.method, steps=1, **candidate.options)
+
+
+def _least(enough: Callable[[int], bool], most: int) -> int | None:
+    """The least number up to `most` that is enough, if all above it are; None if `most` is not."""
+    low, high = 0, 1
+    while high < most and not enough(high):
+        low, high = high, high * 2
+    high = min(high, most)
+    if not enough(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        if enough(middle):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _order(trial: Trial) -> tuple[float, float, float]:
+    return trial.latency, trial.energy or 0.0, -trial.accuracy
+
+
+def front(trials: Sequence[Trial]) -> tuple[Trial, ...]:
+    """Those that no other one equals or beats in latency, accuracy and energy and beats in one of them."""
+
+    def beats(one: Trial, other: Trial) -> bool:
+        pairs = [(one.latency, other.latency), (-one.accuracy, -other.accuracy), (one.energy or 0.0, other.energy or 0.0)]
+        return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+    return tuple(sorted((trial for trial in trials if not any(beats(other, trial) for other in trials)), key=_order))
+
+
+class _Trials:
+    """Makes trials, each once, and keeps them in a file."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calibration: Batches,
+        data: Batches,
+        reference: float,
+        energy: str | None,
+        device: str,
+        file: Path | None,
+        progress: Callable[[Trial], object] | None,
+    ) -> None:
+        self.model, self.calibration, self.data, self.reference = model, calibration, data, reference
+        self.energy, self.device, self.file, self.progress = energy, device, file, progress
+        self.known: dict[tuple[str, int], Trial] = {}
+        self.trials: list[Trial] = []
+        if file is not None and file.exists():
+            self._read(file)
+
+    def trial(self, candidate: Candidate, steps: int) -> Trial:
+        """Convert and measure, or remember."""
+        key = str(candidate), steps
+        if key not in self.known:
+            self.known[key] = self._made(candidate, steps)
+            self._write()
+        found = self.known[key]
+        if found not in self.trials:
+            self.trials.append(found)
+            if self.progress is not None:
+                self.progress(found)
+        return found
+
+    def _made(self, candidate: Candidate, steps: int) -> Trial:
+        started = time.perf_counter()
+        snn = convert(self.model, self.calibration, candidate.method, steps=steps, **candidate.options)
+        report = evaluate(snn, self.data, None, (steps,), device=self.device)
+        cost = None if self.energy is None else energy_of(count_operations(snn, _first(self.data)), self.energy).spiking
+        accuracy = report.accuracy[steps]
+        seconds = time.perf_counter() - started
+        return Trial(str(candidate), steps, report.latency[steps], accuracy, self.reference - accuracy, cost, seconds)
+
+    def _about(self) -> dict[str, Any]:
+        return {"reference": self.reference, "energy": self.energy}
+
+    def _read(self, file: Path) -> None:
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            trials = [Trial(**trial) for trial in saved["trials"]]
+            about = saved["about"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file}: not the file of a search ({error}); remove it or name another") from error
+        if about != self._about():
+            raise CheckpointError(f"{file}: belongs to another search ({about}); remove it or name another")
+        self.known = {(trial.candidate, trial.steps): trial for trial in trials}
+
+    def _write(self) -> None:
+        if self.file is not None:
+            saved = {"about": self._about(), "trials": [asdict(trial) for trial in self.known.values()]}
+            write_text(self.file, json.dumps(saved, indent=2, allow_nan=False) + "\n")
+
+
+def _first(data: Batches) -> list[Any]:
+    """The first batch."""
+    for batch in data:
+        return [batch]
+    return []

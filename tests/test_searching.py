@@ -1,0 +1,148 @@
+"""The search finds what trying everything finds, with less work, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import quickspike as qs
+from quickspike import searching
+from quickspike.data import DataSet
+from quickspike.errors import CheckpointError, OptionError, UnknownNameError
+from quickspike.searching import Candidate, Found, Trial, _least, front, search
+
+
+@given(st.integers(1, 70), st.integers(1, 64))
+def test_the_least_number_is_found(threshold: int, most: int) -> None:
+    asked: list[int] = []
+
+    def enough(steps: int) -> bool:
+        asked.append(steps)
+        return steps >= threshold
+
+    found = _least(enough, most)
+    assert found == (threshold if threshold <= most else None)
+    assert max(asked) <= most
+    assert len(set(asked)) <= 2 * most.bit_length() + 1
+
+
+def trial(latency: int, accuracy: float, energy: float | None = None) -> Trial:
+    return Trial("a", latency, latency, accuracy, 90 - accuracy, energy, 0.0)
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    kept = [trial(1, 80, 5.0), trial(2, 85, 4.0), trial(4, 90, 9.0), trial(4, 89, 8.0)]
+    beaten = [trial(2, 80, 5.0), trial(4, 84, 4.0), trial(8, 90, 9.0)]
+    assert set(front([*beaten, *kept])) == set(kept)
+    assert front([trial(1, 80), trial(2, 80)]) == (trial(1, 80),)
+
+
+CANDIDATES = ("potential_init", Candidate("threshold_balancing"), Candidate("threshold_balancing", {"initial": 0.0}))
+
+
+@pytest.fixture(scope="module")
+def calibration(digits: DataSet) -> Tensor:
+    return torch.cat([images for images, _ in digits.loader("train", limit=200)])
+
+
+def held_out(digits: DataSet) -> list[tuple[Tensor, Tensor]]:
+    return list(digits.loader("train", limit=300, last=True))
+
+
+def test_it_finds_what_trying_everything_finds(digits_source: nn.Module, calibration: Tensor, digits: DataSet) -> None:
+    data, allowed, most = held_out(digits), 1.0, 12
+    found = search(digits_source, calibration, data, CANDIDATES, max_drop=allowed, most_steps=most, device="cpu")
+    everything: dict[str, int] = {}
+    for candidate in CANDIDATES:
+        one = Candidate(candidate) if isinstance(candidate, str) else candidate
+        for steps in range(1, most + 1):
+            snn = qs.convert(digits_source, calibration, one.method, steps=steps, **one.options)
+            if found.reference - qs.evaluate(snn, data, None, (steps,), device="cpu").accuracy[steps] <= allowed:
+                everything[str(one)] = steps
+                break
+    assert found.best is not None
+    assert found.best.steps == min(everything.values())
+    assert everything[found.best.candidate] == found.best.steps
+    assert sum(one.steps for one in found.trials) < sum(range(1, most + 1)) * len(CANDIDATES) / 3
+    assert found.best in found.front
+    assert all(one.drop == pytest.approx(found.reference - one.accuracy) for one in found.trials)
+
+
+def test_layers_that_wait_count_by_their_latency(digits_source: nn.Module, calibration: Tensor, digits: DataSet) -> None:
+    waiting, streaming = Candidate("threshold_balancing", {"synchronous": True}), Candidate("threshold_balancing")
+    found = search(digits_source, calibration, held_out(digits), (waiting, streaming), max_drop=2.0, most_steps=8, device="cpu")
+    assert found.best is not None
+    assert found.best.candidate == "threshold_balancing"
+    assert {one.latency // one.steps for one in found.trials if "synchronous" in one.candidate and one.steps > 1} == {4}
+
+
+def test_nothing_within_the_bound(digits_source: nn.Module, calibration: Tensor, digits: DataSet) -> None:
+    found = search(digits_source, calibration, held_out(digits), ("threshold_balancing",), max_drop=0.0, most_steps=1, device="cpu")
+    assert found.best is None
+    assert len(found.trials) == 1
+
+
+def test_it_goes_on_where_it_stopped(
+    digits_source: nn.Module, calibration: Tensor, digits: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, data = tmp_path / "search.json", held_out(digits)
+
+    def run(file: Path | None, stop_after: int = 99) -> Found:
+        seen: list[Trial] = []
+
+        def watch(one: Trial) -> None:
+            seen.append(one)
+            if len(seen) == stop_after:
+                raise KeyboardInterrupt
+
+        return search(
+            digits_source, calibration, data, CANDIDATES[:2], most_steps=8, energy="45nm_fp32", device="cpu", file=file, progress=watch
+        )
+
+    whole = run(None)
+    with pytest.raises(KeyboardInterrupt):
+        run(file, stop_after=2)
+    assert len(json.loads(file.read_text())["trials"]) == 2
+    conversions = []
+    real = searching.convert
+    monkeypatch.setattr(searching, "convert", lambda *args, **options: conversions.append(options) or real(*args, **options))
+    again = run(file)
+    assert len(conversions) == len(whole.trials) - 2
+    assert [(one.candidate, one.steps, one.accuracy, one.energy) for one in again.trials] == [
+        (one.candidate, one.steps, one.accuracy, one.energy) for one in whole.trials
+    ]
+    assert again.best is not None
+    assert again.best.energy is not None
+    with pytest.raises(CheckpointError, match="belongs to another search"):
+        search(digits_source, calibration, data, CANDIDATES[:1], device="cpu", file=file)
+    file.write_text("{")
+    with pytest.raises(CheckpointError, match="not the file of a search"):
+        run(file)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"candidates": ()}, "no candidates"),
+        ({"max_drop": -1.0}, "max_drop"),
+        ({"max_drop": float("nan")}, "max_drop"),
+        ({"most_steps": 0}, "most_steps"),
+        ({"energy": "lohi"}, "did you mean 'loihi'"),
+        ({"candidates": (Candidate("qcfs", {"level": 3}),)}, "level"),
+    ],
+)
+def test_mistakes_are_refused_before_the_work(options: dict[str, object], text: str, digits_source: nn.Module) -> None:
+    arguments: dict[str, object] = {"candidates": ("qcfs",)} | options
+    with pytest.raises((OptionError, UnknownNameError), match=text):
+        search(digits_source, [], [], **arguments)  # type: ignore[arg-type]
+
+
+def test_unknown_methods_are_refused(digits_source: nn.Module) -> None:
+    with pytest.raises(UnknownNameError, match="qcsf"):
+        search(digits_source, [], [], ("qcsf",))
