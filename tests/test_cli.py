@@ -272,6 +272,9 @@ def test_evaluate_shows_what_stopping_early_saves(network: Path, tmp_path: Path,
     assert [row["loss"] for row in rows] == [0.5, 10]
     assert rows[1]["steps"] <= rows[0]["steps"] <= 4
     failed(run("evaluate", str(network), "--data", "digits", "--exit", "nan"), "loss must be")
+    waiting = tmp_path / "waiting.safetensors"
+    qs.load(network).as_synchronous().save(waiting)
+    failed(run("evaluate", str(waiting), "--data", "digits", "--exit", "1"), "wait for whole windows")
 
 
 def test_evaluate_shows_where_the_error_comes_from(network: Path, run: Any) -> None:

@@ -227,8 +227,10 @@ def test_what_cannot_be_counted_is_refused() -> None:
     with pytest.raises(DataError, match="no images"):
         count_operations(snn, [])
     windows = qs.accelerate(qs.quantise(snn).network.as_synchronous(), "count")
-    with pytest.raises(ConversionError, match="count engine"):
+    with pytest.raises(ConversionError, match="made for the count engine; count the one it was made from"):
         count_operations(windows, torch.rand(2, 1, 4, 4))
+    with pytest.raises(ConversionError, match="made for the integer engine"):
+        count_operations(qs.accelerate(snn, "integer"), torch.rand(2, 1, 4, 4))
 
 
 # Energy

@@ -713,12 +713,12 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("keep", ["last", "best"])
+@pytest.mark.parametrize(("keep", "optimiser"), [("last", "adam"), ("best", "adam"), ("last", "muon")])
 @pytest.mark.parametrize("stop", STOPS)
 def test_an_interrupted_training_ends_like_an_uninterrupted_one(
-    stop: str, keep: str, trainer: Callable[..., Trainer], tmp_path: Path
+    stop: str, keep: str, optimiser: str, trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
-    settings = {**FULL, "keep": keep, "patience": 3, "optimiser": "adam", "learning_rate": 0.02, "augmentation": AUGMENTED}
+    settings = {**FULL, "keep": keep, "patience": 3, "optimiser": optimiser, "learning_rate": 0.02, "augmentation": AUGMENTED}
     whole = cnn()
     rows = trainer(**settings, folder=tmp_path / "whole")(whole, "source").rows
     error = STOPS[stop].get("error", Interrupted)

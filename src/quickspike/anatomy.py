@@ -123,11 +123,11 @@ def anatomy_of(snn: SpikingNetwork, data: Batches) -> Anatomy:
         data: images, with labels or without.
 
     Raises:
-        ConversionError: a network for the count engine, which has no steps.
+        ConversionError: an accelerated network.
         DataError: there are no images.
     """
-    if snn.summed:
-        raise ConversionError("a network made for the count engine has no steps; look into the one it was made from")
+    if "engine" in snn.provenance:
+        raise ConversionError(f"a network made for the {snn.provenance['engine']['name']} engine; look into the one it was made from")
     sums = {site.name: _Sums() for site in snn.sites}
     images = 0
     with torch.inference_mode():

@@ -219,7 +219,7 @@ def evaluate(
     """Measure a spiking network on test images: accuracy after each number of steps, and firing rates."""
     from quickspike.anatomy import anatomy_of
     from quickspike.checkpoint import load
-    from quickspike.early_exit import Saving, check_loss, savings
+    from quickspike.early_exit import Saving, check_exit, check_loss, savings
     from quickspike.energy import ACCOUNTS, Energy, device_named, energy_of
     from quickspike.errors import OptionError
     from quickspike.evaluation import evaluate as measure
@@ -236,6 +236,8 @@ def evaluate(
     for device_name in energy:
         device_named(device_name)
     snn = load(network)
+    if exit:
+        check_exit(snn)
     if weights is not None and reference is None:
         raise OptionError("--weights are those of the source network; name it with --reference")
     source = None if reference is None else load_model(reference, weights)

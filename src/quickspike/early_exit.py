@@ -107,10 +107,15 @@ def check_loss(loss: float) -> None:
         raise OptionError(f"loss must be >= 0 percentage points, got {loss!r}")
 
 
-def answers(snn: SpikingNetwork, data: Batches) -> tuple[Tensor, Tensor]:
-    """(whether the answer after each step is right, its margin), both `[T, N]`; see `calibrate_exit`."""
+def check_exit(snn: SpikingNetwork) -> None:
+    """Raise OptionError if `snn` has no answer before its last step."""
     if snn.synchronous:
         raise OptionError("an early exit needs an answer after every step, but layers of this network wait for whole windows")
+
+
+def answers(snn: SpikingNetwork, data: Batches) -> tuple[Tensor, Tensor]:
+    """(whether the answer after each step is right, its margin), both `[T, N]`; see `calibrate_exit`."""
+    check_exit(snn)
     right, leads = [], []
     with torch.inference_mode():
         for number, (images, labels) in enumerate(labelled_batches(data), 1):

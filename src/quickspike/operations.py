@@ -96,14 +96,14 @@ def count_operations(snn: SpikingNetwork, data: Batches, first: First = "once") 
         first: how often a layer that reads the image works.
 
     Raises:
-        ConversionError: an operator whose connections are not plain (bilinear interpolation), or a network for the count engine.
+        ConversionError: an operator whose connections are not plain (bilinear interpolation), or an accelerated network.
         DataError: there are no images.
         OptionError: no such `first`.
     """
     if first not in ("once", "every step"):
         raise OptionError(f"first must be 'once' or 'every step', got {first!r}")
-    if snn.summed:
-        raise ConversionError("a network made for the count engine has no steps; count the one it was made from")
+    if "engine" in snn.provenance:
+        raise ConversionError(f"a network made for the {snn.provenance['engine']['name']} engine; count the one it was made from")
     totals: dict[tuple[str, str], dict[str, float]] = {}
     images = 0
     with torch.inference_mode():

@@ -7,6 +7,7 @@ latency of the best one so far is left at that. Every trial is converted for its
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from quickspike.api import convert
@@ -111,7 +113,7 @@ def search(
     if energy is not None:
         device_named(energy)
     fabric = make_fabric(device)
-    reference = accuracy_of(fabric.to_device(model), data, fabric)
+    reference = accuracy_of(model, data, fabric)
     made = _Trials(model, calibration, data, reference, energy, device, None if file is None else Path(file), progress)
     latency = math.inf
     for candidate in chosen:
@@ -194,6 +196,7 @@ class _Trials:
     ) -> None:
         self.model, self.calibration, self.data, self.reference = model, calibration, data, reference
         self.energy, self.device, self.file, self.progress = energy, device, file, progress
+        self.about = self._about()
         self.known: dict[tuple[str, int], Trial] = {}
         self.trials: list[Trial] = []
         if file is not None and file.exists():
@@ -222,7 +225,11 @@ class _Trials:
         return Trial(str(candidate), steps, report.latency[steps], accuracy, self.reference - accuracy, cost, seconds)
 
     def _about(self) -> dict[str, Any]:
-        return {"reference": self.reference, "energy": self.energy}
+        weights = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            weights.update(name.encode())
+            weights.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        return {"model": weights.hexdigest()[:16], "reference": self.reference, "energy": self.energy}
 
     def _read(self, file: Path) -> None:
         try:
@@ -231,13 +238,13 @@ class _Trials:
             about = saved["about"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file}: not the file of a search ({error}); remove it or name another") from error
-        if about != self._about():
+        if about != self.about:
             raise CheckpointError(f"{file}: belongs to another search ({about}); remove it or name another")
         self.known = {(trial.candidate, trial.steps): trial for trial in trials}
 
     def _write(self) -> None:
         if self.file is not None:
-            saved = {"about": self._about(), "trials": [asdict(trial) for trial in self.known.values()]}
+            saved = {"about": self.about, "trials": [asdict(trial) for trial in self.known.values()]}
             write_text(self.file, json.dumps(saved, indent=2, allow_nan=False) + "\n")
 
 
