@@ -288,6 +288,17 @@ def test_evaluate_shows_where_the_error_comes_from(network: Path, run: Any) -> N
     assert sum(found["sites"][0]["shares"].values()) == pytest.approx(1, abs=1e-4)
 
 
+def test_evaluate_writes_a_page(network: Path, tmp_path: Path, run: Any) -> None:
+    page = tmp_path / "page.html"
+    result = run("evaluate", str(network), "--data", "digits", "--images", "30", "--page", page, "--device", "cpu")
+    assert result.code == 0
+    text = page.read_text(encoding="utf-8")
+    for part in (f"{network.name} on digits", "Where the error comes from", "45nm_fp32", "One image: "):
+        assert part in text
+    assert str(tmp_path) not in text
+    failed(run("evaluate", str(network), "--data", "digits", "--page", tmp_path / "page.html" / "a"), "cannot write")
+
+
 def test_evaluate_shows_what_it_costs(network: Path, run: Any) -> None:
     arguments = ("evaluate", str(network), "--data", "digits", "--images", "30", "--energy", "45nm_fp32", "loihi", "--device", "cpu")
     shown = run(*arguments)

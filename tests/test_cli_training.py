@@ -162,7 +162,7 @@ OTHER = {
     "run": ("RECIPE", "--out DIR", "--seeds N", "--resume", "--tensorboard", "--dry-run", "--json", "--data NAME", *HARDWARE),
     "compare": (
         *("MODEL", *DATA, "--methods NAME", "--steps T", "--weights FILE", "--calibration-images N", "--images N", "--out FILE"),
-        *("--device NAME", "--json", "[unit: images; range: >= 1]"),
+        *("--page FILE", "--device NAME", "--json", "[unit: images; range: >= 1]"),
     ),
     "search": (
         *("MODEL", *DATA, "--methods NAME", "--max-drop LOSS", "--most-steps T", "--synchronous", "--energy DEVICE", "--weights FILE"),
@@ -315,8 +315,10 @@ def test_a_search_that_finds_nothing_says_what_to_do(capsys: pytest.CaptureFixtu
 
 def test_compare(run: Any, model: Path, few: str, tmp_path: Path) -> None:
     arguments = ("--data", few, "--methods", "potential_init", "rate_norm", "--steps", 1, 3, "--calibration-images", 50)
-    result = run("compare", f"{model}:net", *arguments, "--images", 15, "--device", "cpu", "--out", tmp_path / "found.json")
+    files = ("--out", tmp_path / "found.json", "--page", tmp_path / "page.html")
+    result = run("compare", f"{model}:net", *arguments, "--images", 15, "--device", "cpu", *files)
     ended_well(result)
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").count("Where the error comes from") == 2
     for part in ("potential_init", "rate_norm", "T = 1", "T = 3", "on 15 images"):
         assert part in result.out
     found = json.loads((tmp_path / "found.json").read_text())

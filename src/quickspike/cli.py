@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from quickspike.cli_options import DataArguments, DataOptions, Device, Json, ModelName, Weights, method_options
+from quickspike.cli_options import DataArguments, DataOptions, Device, Json, ModelName, Weights, method_options, without_paths
 from quickspike.console import Tracked, dump, print_json, show, track
 from quickspike.version import __version__
 
@@ -42,7 +43,7 @@ def demo(out: Annotated[Path, Help(metavar="DIR", help="folder for what the demo
         print_json({name: report.to_json() for name, report in result.reports.items()})
         return
     show(accuracy_table(result.reports))
-    show(f"saved and loaded again, same answers: {result.network}\npicture: {result.picture}")
+    show(f"saved and loaded again, same answers: {result.network}\npicture: {result.picture}\npage: {result.page}")
 
 
 def methods(
@@ -214,6 +215,9 @@ def evaluate(
     anatomy: Annotated[
         bool, Help(help="also split the error of every layer into its sources, on the first 200 test images, and say what helps")
     ] = False,
+    page: Annotated[
+        Path | None, Help(metavar="FILE", help="also write a page that shows all of this, with --anatomy and --energy 45nm_fp32, HTML")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Measure a spiking network on test images: accuracy after each number of steps, and firing rates."""
@@ -227,10 +231,13 @@ def evaluate(
     from quickspike.files import check_writable, write_text
     from quickspike.models import load_model
     from quickspike.operations import count_operations
+    from quickspike.page import Entry, first_sample, write_page
     from quickspike.report import anatomy_tables, energy_tables, exit_table, plot_accuracy, report_tables
 
-    for path in filter(None, (out, plot)):
+    for path in filter(None, (out, plot, page)):
         check_writable(path)
+    if page is not None:
+        anatomy, energy = True, energy or ("45nm_fp32",)
     for loss in exit:
         check_loss(loss)
     for device_name in energy:
@@ -245,26 +252,30 @@ def evaluate(
     loader = Tracked(data_set.loader("test", limit=images), "evaluating")
     report = measure(snn, loader, source, steps, device=device, precision=precision, engine=engine, bits=bits)
     saved: tuple[Saving, ...] = ()
+    longest = snn.with_steps(report.steps[-1])
+    make_fabric(device).to_device(longest)
     if exit:
-        longest = snn.with_steps(report.steps[-1])
-        make_fabric(device).to_device(longest)
         held_out = data_set.loader("train", limit=min(2000, data_set.size("train")), last=True)
         test = data_set.loader("test", limit=images)
         saved = savings(longest, Tracked(held_out, "setting margins"), Tracked(test, "stopping early"), exit)
     found = report.to_json() | ({"early_exit": [dataclasses.asdict(row) for row in saved]} if exit else {})
     some = data_set.loader("test", limit=min(COUNTED, images or COUNTED, data_set.size("test")))
     if anatomy:
-        errors = anatomy_of(snn.with_steps(report.steps[-1]), Tracked(some, "splitting the error"))
+        errors = anatomy_of(longest, Tracked(some, "splitting the error"))
         found |= {"anatomy": errors.to_json()}
     priced: tuple[Energy, ...] = ()
     if energy:
-        operations = count_operations(snn.with_steps(report.steps[-1]), Tracked(some, "counting operations"))
+        operations = count_operations(longest, Tracked(some, "counting operations"))
         priced = tuple(energy_of(operations, name, account) for name in energy for account in ACCOUNTS)
         found |= {"operations": operations.to_json(), "energy": [one.to_json() for one in priced]}
     if out is not None:
         write_text(out, dump(found))
     if plot is not None:
         plot_accuracy({str(snn.method.get("name")): report}, plot, saved)
+    if page is not None:
+        sample = first_sample(longest, data_set)
+        entry = Entry(str(snn.method.get("name")), report, longest, errors, operations, priced, sample)
+        write_page(page, f"{Path(network).name} on {data_set.name}", [entry], f"quickspike {shlex.join(without_paths(sys.argv[1:]))}")
     if json:
         print_json(found)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,3 +88,8 @@ def method_options(method: type[Method]) -> type:
     kind = options_type(method)
     kind.__doc__ = f"{method.name}: {method.paper}"
     return kind
+
+
+def without_paths(arguments: list[str]) -> list[str]:
+    """Arguments as they would be given elsewhere: of absolute paths only the last part, also in --out=/a/b and npz:/a/b."""
+    return [re.sub(r"^(--[\w-]+=|)(npz:|imagefolder:|)/(?:.*/)?([^/]+)/?$", r"\1\2\3", text) for text in arguments]

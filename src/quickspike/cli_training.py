@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from quickspike.cli_options import DataArguments, DataOptions, Json, ModelName, Weights, method_options, options_type
+from quickspike.cli_options import DataArguments, DataOptions, Json, ModelName, Weights, method_options, options_type, without_paths
 from quickspike.console import Tracked, TrainingWatcher, print_json, show
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
     from quickspike.augmentation import Augmentation
+    from quickspike.conversion import SpikingNetwork
     from quickspike.data import DataSet
+    from quickspike.evaluation import Report
+    from quickspike.page import Entry
     from quickspike.training import Trainer, Training
     from quickspike.tuning import Tuning
 
@@ -266,16 +268,11 @@ def run(
             resume=resume,
             tensorboard=tensorboard,
             watcher=TrainingWatcher(quiet=not fabric.is_global_zero),
-            command=f"quickspike run {shlex.join(_without_paths(sys.argv[2:]))}",
+            command=f"quickspike run {shlex.join(without_paths(sys.argv[2:]))}",
         ),
     )
     if fabric.is_global_zero:
         print_json(result) if json else show(recipe_tables(result))
-
-
-def _without_paths(arguments: list[str]) -> list[str]:
-    """Arguments as they would be given elsewhere: of absolute paths only the last part, also in --out=/a/b and npz:/a/b."""
-    return [re.sub(r"^(--[\w-]+=|)(npz:|imagefolder:|)/(?:.*/)?([^/]+)/?$", r"\1\2\3", text) for text in arguments]
 
 
 def compare(
@@ -294,6 +291,7 @@ def compare(
     ] = 1000,
     images: Annotated[int | None, Help(metavar="N", help="first N test images [unit: images; range: >= 1; default: all]")] = None,
     out: Annotated[Path | None, Help(metavar="FILE", help="also write the figures as JSON")] = None,
+    page: Annotated[Path | None, Help(metavar="FILE", help="also write a page: accuracy, errors and cost of all, HTML")] = None,
     device: Annotated[str, Help(metavar="NAME", help="auto, cpu, cuda, mps, ...")] = "auto",
     json: Json = False,
 ) -> None:
@@ -305,6 +303,7 @@ def compare(
     from quickspike.files import check_writable, write_text
     from quickspike.method import all_methods, get
     from quickspike.models import load_model
+    from quickspike.page import write_page
     from quickspike.report import compare_table
 
     if not steps:
@@ -312,11 +311,11 @@ def compare(
     names = methods or tuple(all_methods())
     for name in names:
         get(name)
-    if out is not None:
-        check_writable(out)
+    for path in filter(None, (out, page)):
+        check_writable(path)
     source = make_fabric(device).to_device(load_model(model, weights))
     data_set = data.load()
-    reports = {}
+    reports, entries = {}, []
     for name in Tracked(names, "comparing methods"):
         found = {}
         for count in steps:
@@ -324,10 +323,25 @@ def compare(
             snn = convert(source, loader, name, steps=count)
             found[count] = evaluate(snn, data_set.loader("test", limit=images), source, (count,), device=device)
         reports[name] = found
+        if page is not None:
+            entries.append(_entry(name, snn, found, data_set))
     plain = {name: {str(count): report.to_json() for count, report in found.items()} for name, found in reports.items()}
     if out is not None:
         write_text(out, dump(plain))
+    if page is not None:
+        command = f"quickspike {shlex.join(without_paths(sys.argv[1:]))}"
+        write_page(page, f"{Path(model).name} on {data_set.name}: methods compared", entries, command)
     print_json(plain) if json else show(compare_table(reports))
+
+
+def _entry(name: str, snn: SpikingNetwork, found: Mapping[int, Report], data: DataSet) -> Entry:
+    """One method on the page: its accuracy for every T, all else for the last."""
+    from quickspike.page import described
+
+    last = found[max(found)]
+    accuracy = {steps: report.accuracy[steps] for steps, report in sorted(found.items())}
+    latency = {steps: report.latency[steps] for steps, report in sorted(found.items())}
+    return described(name, dataclasses.replace(last, steps=tuple(accuracy), accuracy=accuracy, latency=latency), snn, data)
 
 
 def search(

@@ -21,6 +21,7 @@ from quickspike.errors import QuickspikeError
 from quickspike.evaluation import Report, evaluate, make_fabric
 from quickspike.files import check_writable, write_text
 from quickspike.models import digits_cnn, save_weights
+from quickspike.page import described, write_page
 from quickspike.report import plot_accuracy
 
 STEPS = (1, 2, 4, 8)
@@ -37,6 +38,8 @@ class Demo:
     network: Path
     """The saved spiking network, loaded again and found equal."""
     picture: Path
+    page: Path
+    """What the networks do, and what they cost, as HTML."""
 
 
 def run_demo(folder: str | Path, track: Track = lambda items, _: items) -> Demo:
@@ -62,7 +65,9 @@ def run_demo(folder: str | Path, track: Track = lambda items, _: items) -> Demo:
     _prove(networks[METHODS[0]], path, data)
     write_text(folder / "report.json", json.dumps({name: report.to_json() for name, report in reports.items()}, indent=2))
     plot_accuracy(reports, folder / "accuracy.png")
-    return Demo(reports, path, folder / "accuracy.png")
+    entries = [described(name, reports[name], snn, data) for name, snn in networks.items()]
+    write_page(folder / "report.html", "Handwritten digits in a few time steps", entries, "quickspike demo")
+    return Demo(reports, path, folder / "accuracy.png", folder / "report.html")
 
 
 def train_digits(data: DataSet, epochs: int = 20, seed: int = 0, track: Track = lambda items, _: items) -> nn.Module:

@@ -1,0 +1,160 @@
+"""The page: complete, safe against what names hold, and without anything from outside."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import quickspike as qs
+from quickspike.anatomy import anatomy_of
+from quickspike.data import DataSet
+from quickspike.energy import energy_of
+from quickspike.errors import DataError
+from quickspike.files import OutputError
+from quickspike.operations import count_operations
+from quickspike.page import Entry, first_sample, sample_of, write_page
+from quickspike.simulation import simulate
+
+VOID = {"meta", "link", "img", "br"}
+
+
+class Reader(HTMLParser):
+    """Checks that elements nest, and collects texts, ids and addresses."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        self.handle_startendtag(tag, attrs)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(str(value))
+            if name in ("src", "href", "xlink:href", "action"):
+                self.addresses.append(str(value))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+@pytest.fixture
+def entries(
+    spiking_digits: Callable[[str], qs.SpikingNetwork], digits: DataSet, digits_test: tuple[Tensor, Tensor], digits_source: nn.Module
+) -> list[Entry]:
+    made = []
+    for name in ("threshold_balancing", "potential_init"):
+        snn, data = spiking_digits(name).with_steps(4), [(digits_test[0][:40], digits_test[1][:40])]
+        operations = count_operations(snn, data)
+        report = qs.evaluate(snn, data, digits_source, (1, 2, 4), device="cpu")
+        made.append(Entry(name, report, snn, anatomy_of(snn, data), operations, (energy_of(operations),), first_sample(snn, digits)))
+    return made
+
+
+def test_it_says_what_was_measured(entries: list[Entry], tmp_path: Path) -> None:
+    write_page(tmp_path / "a.html", "A title", entries, "quickspike evaluate")
+    page = Reader((tmp_path / "a.html").read_text(encoding="utf-8"))
+    text = " ".join(" ".join(page.texts).split())
+    for entry in entries:
+        for value in entry.report.accuracy.values():
+            assert f"{value:.2f}" in text
+        assert f"{entry.report.reference_accuracy:.2f}" in text
+        for site, rate in entry.report.rates.items():
+            assert f"{site} {rate:.4f}" in text.replace("  ", " ")
+        assert entry.anatomy is not None
+        for one in sorted((one for one in entry.anatomy.sites if one.advice), key=lambda one: -one.own)[:3]:
+            assert one.advice in text
+        assert f"{entry.energies[0].ratio:.2f}" in text
+        for caveat in entry.energies[0].caveats:
+            assert caveat in text
+    for part in ("A title", "Where the error comes from", "What it costs", "One image: ", "To make it again", "quickspike evaluate"):
+        assert part in text
+
+
+def test_nothing_comes_from_outside_and_ids_are_unique(entries: list[Entry], tmp_path: Path) -> None:
+    write_page(tmp_path / "a.html", "t", entries)
+    text = (tmp_path / "a.html").read_text(encoding="utf-8")
+    page = Reader(text)
+    assert len(page.ids) == len(set(page.ids))
+    for address in page.addresses:
+        assert address.startswith(("data:", "#")), address
+        assert address[0] != "#" or address[1:] in page.ids
+    assert all(reference in page.ids for reference in re.findall(r"url\(#([^)]+)\)", text))
+    assert "<script" not in text
+    assert "@import" not in text
+    assert "#010203" not in text
+
+
+def test_the_same_page_is_made_again(entries: list[Entry], tmp_path: Path) -> None:
+    for name in "ab":
+        write_page(tmp_path / name, "t", entries)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_names_are_no_markup(entries: list[Entry], tmp_path: Path) -> None:
+    evil = "<img src=x onerror=alert(1)>&\"'{}"
+    report = dataclasses.replace(entries[0].report, rates={evil: 0.5}, provenance={evil: evil})
+    write_page(tmp_path / "a.html", evil, [Entry(evil, report)], evil)
+    text = (tmp_path / "a.html").read_text(encoding="utf-8")
+    Reader(text)
+    assert "<img src=x" not in text
+    assert text.count("&lt;img src=x onerror=alert(1)&gt;&amp;") >= 5
+
+
+def test_what_is_not_known_is_left_out(entries: list[Entry], tmp_path: Path) -> None:
+    report = dataclasses.replace(entries[0].report, reference_accuracy=None)
+    write_page(tmp_path / "a.html", "t", [Entry("alone", report)])
+    text = " ".join(Reader((tmp_path / "a.html").read_text(encoding="utf-8")).texts)
+    for part in ("Where the error", "What it costs", "One image", "source network"):
+        assert part not in text
+    with pytest.raises(DataError, match="at least one network"):
+        write_page(tmp_path / "b.html", "t", [])
+    with pytest.raises(OutputError):
+        write_page(tmp_path / "a.html" / "b.html", "t", [Entry("alone", report)])
+
+
+def test_a_sample_holds_the_spikes_of_its_image(
+    spiking_digits: Callable[[str], qs.SpikingNetwork], digits_test: tuple[Tensor, Tensor]
+) -> None:
+    snn, image = spiking_digits("threshold_balancing").with_steps(5), digits_test[0][3]
+    found = sample_of(snn, image, image, 7)
+    run = simulate(snn, image[None])
+    assert found.label == "7"
+    for site, counts in run.spikes.items():
+        assert found.spikes[site].shape == (5, counts[0].numel())
+        assert torch.equal(found.spikes[site].sum(0), counts[0].flatten())
+    torch.testing.assert_close(found.logits, run.logits[:, 0])
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_a_browser_shows_it_without_complaint(entries: list[Entry], tmp_path: Path) -> None:
+    write_page(tmp_path / "a.html", "In a browser", entries)
+    picture = tmp_path / "a.png"
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=900,2000")
+    command = [str(BROWSER), *flags, f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}", (tmp_path / "a.html").as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert picture.stat().st_size > 20_000
+    assert "CONSOLE" not in shown.stderr
