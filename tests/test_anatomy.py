@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 import quickspike as qs
-from quickspike.anatomy import OWN, PARTS, Anatomy, SiteAnatomy, advice, anatomy_of, without_spikes
+from quickspike.anatomy import OWN, PARTS, Anatomy, SiteAnatomy, advice, anatomy_of, main_source, without_spikes
 from quickspike.conversion import SpikingNetwork
 from quickspike.errors import ConversionError, DataError
+from quickspike.models import load_model
 from quickspike.neuron import Neuron, unfold
 from quickspike.simulation import simulate
 from random_networks import NETWORKS, draw
@@ -41,6 +44,7 @@ def test_the_parts_add_up_to_the_error(**drawn: object) -> None:
     # The image is the same at every step and has no error.
     assert first.sizes["inherited"] < 1e-5
     assert first.sizes["unevenness"] < 1e-5
+    assert all(one.sizes["neuron"] < 1e-6 for one in found.sites)
 
 
 def test_the_error_is_that_of_the_mean_output(spiking_digits: Digits, digits_test: tuple[Tensor, Tensor], digits_source: nn.Module) -> None:
@@ -115,7 +119,7 @@ def faults() -> dict[str, tuple[Callable[[Neuron], None], str]]:
 
         neuron.forward = forward  # type: ignore[method-assign]
 
-    return {"threshold / 10": (smaller, "clipping"), "threshold x 10": (larger, "quantisation"), "hard reset": (hard_reset, "unevenness")}
+    return {"threshold / 10": (smaller, "clipping"), "threshold x 10": (larger, "quantisation"), "hard reset": (hard_reset, "neuron")}
 
 
 @pytest.mark.parametrize("site", [0, 1, 2, 3])
@@ -127,8 +131,32 @@ def test_a_planted_fault_is_named(fault: str, site: int, spiking_digits: Digits,
     plant(snn.neuron(name))
     found = anatomy_of(snn, digits_test[0][:100])
     assert found.worst.site == name
-    assert max(OWN, key=lambda part: found.worst.sizes[part]) == source
+    assert main_source(found.worst.sizes) == source
     assert source in found.worst.advice
+
+
+CHECKPOINTS = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.mark.skipif(not CHECKPOINTS.is_dir(), reason="needs the published ResNet-20")
+@pytest.mark.parametrize("site", [0, 4, 9, 14, 18])
+@pytest.mark.parametrize("fault", faults())
+def test_a_fault_planted_in_a_published_network_is_named(fault: str, site: int, resnet20: tuple[SpikingNetwork, Tensor]) -> None:
+    snn, images = copy.deepcopy(resnet20[0]), resnet20[1]
+    plant, source = faults()[fault]
+    name = snn.sites[site].name
+    plant(snn.neuron(name))
+    found = anatomy_of(snn, images).worst
+    assert (found.site, main_source(found.sizes)) == (name, source)
+
+
+@pytest.fixture(scope="module")
+def resnet20() -> tuple[SpikingNetwork, Tensor]:
+    """The network, and images of coloured clouds."""
+    images = F.interpolate(torch.randn(124, 3, 6, 6, generator=torch.Generator().manual_seed(0)), size=32, mode="bicubic")
+    folder = CHECKPOINTS / "checkpoints"
+    model = load_model(f"{folder / 'networks.py'}:resnet20_cifar10", folder / "resnet20_cifar10.th")
+    return qs.convert(model, images[:100], steps=8), images[100:]
 
 
 class Pooled(nn.Module):

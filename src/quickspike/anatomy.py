@@ -1,16 +1,17 @@
 """Where the accuracy is lost: the conversion error of every site, split into its sources.
 
 At each site the mean output of T steps is compared with the activation of the network without spikes (same weights, the
-activation in place of the neurons). With z the mean current that arrives, the way from one to the other has five steps,
+activation in place of the neurons). With z the mean current that arrives, the way from one to the other has six steps,
 whose sum is the error, element by element:
 
     inherited      act(z at the place that wins the max-pooling without spikes) - act(z without spikes)
     max-pooling    act(z) - act(z at that place): the pool takes the largest of values that err in both directions
     clipping       min(act(z), ceiling) - act(z): nothing above the ceiling can be expressed
     quantisation   staircase(z) - min(act(z), ceiling): what the neuron gives for the constant current z, T + 1 levels
-    unevenness     output - staircase(z): spikes come in another order than evenly spread
+    unevenness     integrate-and-fire of the currents as they came - staircase(z): they came in another order than evenly
+    neuron         output - that: what a neuron does that is not integrating, firing and subtracting theta; else 0
 
-The last three are those of Bu et al. 2022 (arXiv 2303.04347, section 4). The share of a part is its projection on
+Clipping, quantisation and unevenness are those of Bu et al. 2022 (arXiv 2303.04347, section 4). The share of a part is its projection on
 the error, E[e part] / E[e^2], so shares add up to 1 and one that cancels others is negative.
 """
 
@@ -31,18 +32,21 @@ from quickspike.errors import ConversionError, DataError
 from quickspike.neuron import AccumulatedMaxPool, Neuron, Repeat, integrate, unfold
 from quickspike.operators import FUNCTION_NAMES
 
-PARTS = ("inherited", "max-pooling", "clipping", "quantisation", "unevenness")
+PARTS = ("inherited", "max-pooling", "clipping", "quantisation", "unevenness", "neuron")
 OWN = PARTS[1:]
 """What a site adds itself."""
 CHUNK = 1_000_000
 """Values of an image times steps times images that are compared at a time."""
 NOTABLE = 0.05
 """Own error, relative to the activations, from which there is advice."""
+FAULTY = 1e-3
+"""Error, relative to the activations, from which neurons are not taken for rounding."""
 REMEDIES = {
     "inherited": "nothing to mend here; look at the sites before it",
     "max-pooling": "use average pooling in the source network, or more steps",
     "clipping": "raise the percentile or train the ceiling",
     "quantisation": "take more steps, or train with quantised activations (method=qcfs)",
+    "neuron": "its neurons do not reset by subtraction, or not to theta: they are not those of quickspike",
     "unevenness": "fine-tune (quickspike tune), let layers wait for whole windows (synchronous=True), or take more steps",
 }
 
@@ -87,12 +91,26 @@ class Anatomy:
 
     @property
     def worst(self) -> SiteAnatomy:
-        """The site that adds the largest error itself."""
-        return max(self.sites, key=lambda one: one.own)
+        """The site to look at first: one whose neurons are faulty, else the one that adds the largest error.
+
+        Unevenness counts only where it is by far the largest: it is as often the doing of a site before, whose few large
+        spikes come late.
+        """
+        faulty = [one for one in self.sites if one.sizes["neuron"] > FAULTY]
+        if faulty:
+            return faulty[0]
+        most = max(self.sites, key=lambda one: one.own)
+        blunt = max(self.sites, key=_apart_from_order)
+        return blunt if _apart_from_order(blunt) >= most.own / 2 else most
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
+
+
+def _apart_from_order(site: SiteAnatomy) -> float:
+    """What thresholds and poolings alone add."""
+    return math.sqrt(sum(site.sizes[name] ** 2 for name in ("max-pooling", "clipping", "quantisation")))
 
 
 @dataclass
@@ -174,6 +192,13 @@ class _Spiking(_Kept):
         super().__init__(snn)
         self.timed = _timed(snn.network)
         self.counts: dict[fx.Node, Tensor] = {}
+        self.replayed: dict[str, Tensor] = {}
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        layer = self.fetch_attr(target)
+        if isinstance(layer, Neuron):
+            self.replayed[str(target)] = unfold(replay(layer, args[0], self.snn.steps), self.snn.steps).mean(0)
+        return super().call_module(target, args, kwargs)
 
     def mean(self, n: fx.Node, value: Tensor) -> Tensor:
         layer = self.submodules.get(str(n.target)) if n.op == "call_module" else None
@@ -206,6 +231,16 @@ class _Plain(_Kept):
             value, self.winners[self.node] = pool(args[0])
             return value
         return super().call_module(target, args, kwargs)
+
+
+def replay(neuron: Neuron, current: Tensor, steps: int) -> Tensor:
+    """What integrate-and-fire neurons that subtract theta give for these currents, `[T*B, ...]`."""
+    theta, leak = neuron.bounded()
+    constant = neuron.constant_input or neuron.averaged
+    if neuron.averaged and not neuron.constant_input:
+        current = unfold(current, steps).mean(0)
+    height = neuron.amplitude * theta if neuron.scaled else neuron.amplitude
+    return integrate(current, neuron.initial * theta, theta, leak, height, steps, constant=constant, strict=neuron.strict)[0]
 
 
 def activation(neuron: Neuron, z: Tensor, ceiling: float | None) -> Tensor:
@@ -255,10 +290,10 @@ def _add(sums: _Sums, snn: SpikingNetwork, node: fx.Node, spiking: _Spiking, pla
     height = neuron.amplitude * theta if neuron.scaled else neuron.amplitude
     here, there = activation(neuron, z, ceiling), activation(neuron, at_winner, ceiling)
     clipped = torch.minimum(here, height.expand_as(here))
-    stairs = unfold(
-        integrate(z, neuron.initial * theta, theta, leak, height, snn.steps, constant=True, strict=neuron.strict)[0], snn.steps
-    ).mean(0)
-    parts = dict(zip(PARTS, (there - wanted, here - there, clipped - here, stairs - clipped, out - stairs), strict=True))
+    evenly = integrate(z, neuron.initial * theta, theta, leak, height, snn.steps, constant=True, strict=neuron.strict)[0]
+    stairs, fired = unfold(evenly, snn.steps).mean(0), spiking.replayed[str(node.target)]
+    steps = (there - wanted, here - there, clipped - here, stairs - clipped, fired - stairs, out - fired)
+    parts = dict(zip(PARTS, steps, strict=True))
     error = (out - wanted).double()
     sums.count += error.numel()
     sums.activation += float(wanted.double().square().sum())
@@ -318,7 +353,7 @@ def advice(site: SiteAnatomy) -> str:
     """One sentence on what to do about a site; empty where it is good enough."""
     if site.error < NOTABLE:
         return ""
-    source = max(site.shares, key=lambda name: site.shares[name]) if site.own < NOTABLE else main_source(site.sizes)
+    source = main_source(site.sizes) if site.own >= NOTABLE else max(site.shares, key=lambda name: site.shares[name])
     share, remedy = 100 * site.shares[source], REMEDIES[source]
     if source == "quantisation" and site.initial < 0.4:
         remedy = f"start at v(0) = theta/2 (initial=0.5), {remedy}"
@@ -326,8 +361,8 @@ def advice(site: SiteAnatomy) -> str:
 
 
 def main_source(sizes: Mapping[str, float]) -> str:
-    """The largest of the parts that a site adds itself."""
-    return max(OWN, key=lambda name: sizes[name])
+    """The largest of the parts that a site adds itself; a faulty neuron before all others."""
+    return "neuron" if sizes["neuron"] > FAULTY else max(OWN, key=lambda name: sizes[name])
 
 
 def without_spikes(snn: SpikingNetwork, images: Tensor) -> Tensor:

@@ -207,7 +207,7 @@ def _errors(entry: Entry, key: str) -> str:
     found = entry.anatomy
     if found is None:
         return ""
-    parts = [part for part in PARTS if any(one.sizes[part] for one in found.sites)]
+    parts = [part for part in PARTS if any(one.sizes[part] > 1e-6 for one in found.sites)]
 
     def draw(axes: Any) -> None:
         places = range(len(found.sites))

@@ -62,7 +62,7 @@ def exit_table(savings: Sequence[Saving], report: Report) -> Table:
     return table
 
 
-_SHORT = {"inherited": "inherited", "max-pooling": "pool", "clipping": "clip", "quantisation": "quant.", "unevenness": "uneven"}
+_SHORT = {"max-pooling": "pool", "clipping": "clip", "quantisation": "quant.", "unevenness": "uneven"}
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -70,8 +70,8 @@ def anatomy_tables(anatomy: Anatomy) -> RenderableType:
     """The error of every site and where it comes from, how its neurons fire, and what helps, the largest own error first."""
     errors = Table(title=f"conversion error after T = {anatomy.steps} ({anatomy.images} images)")
     errors.add_column("site", overflow="fold")
-    parts = [part for part in PARTS if part != "max-pooling" or any(one.sizes[part] for one in anatomy.sites)]
-    for heading in ("error", "own", *(f"{_SHORT[part]} %" for part in parts)):
+    parts = [part for part in PARTS if part not in ("max-pooling", "neuron") or any(one.sizes[part] > 1e-6 for one in anatomy.sites)]
+    for heading in ("error", "own", *(f"{_SHORT.get(part, part)} %" for part in parts)):
         errors.add_column(heading, justify="right")
     for one in anatomy.sites:
         errors.add_row(one.site, f"{one.error:.3f}", f"{one.own:.3f}", *(f"{100 * one.shares[part]:.0f}" for part in parts))
