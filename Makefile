@@ -20,7 +20,8 @@ check: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python bench/engines.py --models vgg16 resnet20 --steps 1 4 --repetitions 5
-	@$(BIN)/python bench/tuning_step.py
+	@$(BIN)/python bench/tuning_step.py --steps 2 --repetitions 3
+	@$(BIN)/python bench/scaling.py --only steps depth calibration --repetitions 3
 
 setup: $(READY)
 
