@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -304,7 +304,7 @@ def _gather(n: fx.Node, layer: Any) -> Callable[..., Tensor]:
     if name == "pad":
         return lambda x, pad, mode="constant", value=None: F.pad(x, pad, mode)
     function: Any = layer if layer is not None else n.target
-    return function  # type: ignore[no-any-return]
+    return cast(Callable[..., Tensor], function)
 
 
 def _summed_pool(layer: Any) -> Callable[[Tensor], Tensor]:
