@@ -51,8 +51,8 @@ def train(model: nn.Module, trainer: Trainer) -> tuple[nn.Module, History]:
     return network, trainer(network, "source", groups=groups)
 
 
-def _not_whitened(trainer: Trainer | None) -> None:
-    if trainer is not None and trainer.settings.whiten:
+def _not_whitened(train: Train | None) -> None:
+    if isinstance(train, Trainer) and train.settings.whiten:
         raise OptionError("whiten=True is for training a source network from scratch; here it would undo the first convolution")
 
 
