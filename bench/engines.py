@@ -6,7 +6,7 @@ Everything is timed in one process, interleaved, after a first call apart; the t
 engine's spikes are compared with the reference's (the integer and count engines': with the same network in whole
 numbers), and a difference ends the run. Networks have random weights and calibrated thresholds: time does not depend
 on accuracy, and dense layers do not on rates. Other simulators are timed too where they are installed
-(pip install 'quickspike[bench]'; see peers.py). Two CPU cores: 5 minutes a network.
+(pip install 'quickspike[bench]'; see peers.py).
 """
 
 from __future__ import annotations

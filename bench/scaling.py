@@ -4,7 +4,7 @@
 
 Each question varies one number and keeps the others. Time is that of the fused engine in forward passes of the source
 network at the same batch (fp32), interleaved in one process. Memory is the growth of the largest resident memory of a
-process of its own. Two CPU cores: 5 minutes.
+process of its own.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Time is the median of interleaved repetitions; memory is what autograd keeps for the backward pass (parameters not
 counted), which is where they differ. Other simulators are timed too where they are installed (pip install
-'quickspike[bench]'; see peers.py). Two CPU cores, 2 minutes, with the others 5.
+'quickspike[bench]'; see peers.py).
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def faults() -> dict[str, tuple[Callable[[Neuron], None], str]]:
                 v = v * (1 - fired)
             return torch.cat(spikes)
 
-        neuron.forward = forward  # type: ignore[method-assign]
+        neuron.forward = forward
 
     return {"threshold / 10": (smaller, "clipping"), "threshold x 10": (larger, "quantisation"), "hard reset": (hard_reset, "neuron")}
 
@@ -203,6 +203,8 @@ def test_what_has_no_anatomy_is_refused(spiking_digits: Digits, digits_test: tup
     snn = spiking_digits("threshold_balancing")
     with pytest.raises(DataError, match="no images"):
         anatomy_of(snn, [])
+    with pytest.raises(DataError, match="NaN or infinite"):
+        anatomy_of(snn, digits_test[0][:3] * float("nan"))
     windows = qs.accelerate(qs.quantise(snn).network.as_synchronous(), "count")
     with pytest.raises(ConversionError, match="count engine"):
         anatomy_of(windows, digits_test[0])

@@ -45,7 +45,7 @@ def test_three_layers_by_hand(first: str, leak: float) -> None:
     snn = qs.convert(three_layers(), images, steps=steps)
     for neuron in snn.neurons().values():
         neuron.leak.data.fill_(leak)
-    counted = count_operations(snn, images, first)  # type: ignore[arg-type]
+    counted = count_operations(snn, images, first)
     rows = {(row.name, row.kind): row for row in counted.rows}
     one, other = (counts.double().mean(0) for counts in simulate(snn, images).spikes.values())
     assert one.sum() > 0
@@ -209,7 +209,7 @@ def test_counts_of_random_networks_are_consistent(**drawn: object) -> None:
 def test_an_image_that_has_to_be_computed_again_costs_as_often() -> None:
     images = torch.rand(2, 1, 4, 4)
     snn = qs.convert(three_layers(), images, steps=4)
-    once, often = (count_operations(snn, images, first) for first in ("once", "every step"))  # type: ignore[arg-type]
+    once, often = (count_operations(snn, images, first) for first in ("once", "every step"))
     assert often.total("multiplies") == 4 * once.total("multiplies")
     assert often.total("accumulates") == once.total("accumulates")
 
@@ -223,9 +223,11 @@ def test_what_cannot_be_counted_is_refused() -> None:
         count_operations(snn, images)
     snn = qs.convert(three_layers(), torch.rand(2, 1, 4, 4), steps=2)
     with pytest.raises(OptionError, match="first must be"):
-        count_operations(snn, torch.rand(2, 1, 4, 4), "twice")  # type: ignore[arg-type]
+        count_operations(snn, torch.rand(2, 1, 4, 4), "twice")
     with pytest.raises(DataError, match="no images"):
         count_operations(snn, [])
+    with pytest.raises(DataError, match="NaN or infinite"):
+        count_operations(snn, torch.full((2, 1, 4, 4), float("nan")))
     windows = qs.accelerate(qs.quantise(snn).network.as_synchronous(), "count")
     with pytest.raises(ConversionError, match="made for the count engine; count the one it was made from"):
         count_operations(windows, torch.rand(2, 1, 4, 4))
@@ -269,7 +271,7 @@ def test_devices_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnknownNameError, match="unknown device 'miney'; did you mean 'mine'"):
         energy_of(Operations(ROWS, 1, 2, "once"), "miney")
     with pytest.raises(OptionError, match="account must be"):
-        energy_of(Operations(ROWS, 1, 2, "once"), "mine", "best")  # type: ignore[arg-type]
+        energy_of(Operations(ROWS, 1, 2, "once"), "mine", "best")
     with pytest.raises(OptionError, match="add must be a number of pJ"):
         Device("x", add=float("nan"), multiply=1.0, source="")
 

@@ -121,6 +121,8 @@ def test_it_goes_on_where_it_stopped(
     assert again.best.energy is not None
     with pytest.raises(CheckpointError, match="belongs to another search"):
         search(digits_source, calibration, data, CANDIDATES[:1], device="cpu", file=file)
+    with pytest.raises(CheckpointError, match="belongs to another search"):
+        search(digits_source, calibration[:100], data, CANDIDATES[:1], energy="45nm_fp32", device="cpu", file=file)
     file.write_text("{")
     with pytest.raises(CheckpointError, match="not the file of a search"):
         run(file)
@@ -140,7 +142,7 @@ def test_it_goes_on_where_it_stopped(
 def test_mistakes_are_refused_before_the_work(options: dict[str, object], text: str, digits_source: nn.Module) -> None:
     arguments: dict[str, object] = {"candidates": ("qcfs",)} | options
     with pytest.raises((OptionError, UnknownNameError), match=text):
-        search(digits_source, [], [], **arguments)  # type: ignore[arg-type]
+        search(digits_source, [], [], **arguments)
 
 
 def test_unknown_methods_are_refused(digits_source: nn.Module) -> None:

@@ -186,7 +186,7 @@ def mark(compare: Callable[..., Tensor], x: Tensor, bound: Tensor | float) -> Te
     """1 where `compare(x, bound)` holds, 0 elsewhere, in the type of `x`.
 
     A boolean mask says the same, but a product of booleans and bfloat16 numbers is not vectorised on the CPU and takes
-    ten times as long.
+    several times as long.
     """
     return compare(x, bound, out=torch.empty_like(x))
 

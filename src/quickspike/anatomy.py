@@ -11,8 +11,8 @@ whose sum is the error, element by element:
     unevenness     integrate-and-fire of the currents as they came - staircase(z): they came in another order than evenly
     neuron         output - that: what a neuron does that is not integrating, firing and subtracting theta; else 0
 
-Clipping, quantisation and unevenness are those of Bu et al. 2022 (arXiv 2303.04347, section 4). The share of a part is its projection on
-the error, E[e part] / E[e^2], so shares add up to 1 and one that cancels others is negative.
+Clipping, quantisation and unevenness are those of Bu et al. 2022 (arXiv 2303.04347). The share of a part is its
+projection on the error, E[e part] / E[e^2], so shares add up to 1 and one that cancels others is negative.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def anatomy_of(snn: SpikingNetwork, data: Batches) -> Anatomy:
 
     Raises:
         ConversionError: an accelerated network.
-        DataError: there are no images.
+        DataError: there are no images, or they are unusable.
     """
     if "engine" in snn.provenance:
         raise ConversionError(f"a network made for the {snn.provenance['engine']['name']} engine; look into the one it was made from")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, cast
 
@@ -97,7 +97,7 @@ def count_operations(snn: SpikingNetwork, data: Batches, first: First = "once") 
 
     Raises:
         ConversionError: an operator whose connections are not plain (bilinear interpolation), or an accelerated network.
-        DataError: there are no images.
+        DataError: there are no images, or they are unusable.
         OptionError: no such `first`.
     """
     if first not in ("once", "every step"):
@@ -332,8 +332,3 @@ def _areas(x: Tensor, pooled: Tensor) -> Tensor:
         lengths = [-(-(index + 1) * whole // parts) - index * whole // parts for index in range(parts)]
         areas = areas[..., None] * torch.tensor(lengths, dtype=torch.float32)
     return areas.to(x.device)
-
-
-def by_kind(rows: Iterable[Counts], kind: str) -> tuple[Counts, ...]:
-    """The rows of one kind."""
-    return tuple(row for row in rows if row.kind == kind)

@@ -11,16 +11,16 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quickspike.api import convert
-from quickspike.data import Batches
+from quickspike.data import Batches, labelled_batches
 from quickspike.energy import device_named, energy_of
 from quickspike.errors import CheckpointError, OptionError
 from quickspike.evaluation import accuracy_of, evaluate, make_fabric
@@ -92,7 +92,7 @@ def search(
 
     Args:
         model: the source network; not modified.
-        calibration: images, see `convert`.
+        calibration: images, see `convert`; like `data`, gone through more than once.
         data: labelled images that accuracy is measured on; what is chosen by them is to be reported on others.
         candidates: methods by name, or with options.
         max_drop: percentage points of accuracy that may be lost.
@@ -196,7 +196,7 @@ class _Trials:
     ) -> None:
         self.model, self.calibration, self.data, self.reference = model, calibration, data, reference
         self.energy, self.device, self.file, self.progress = energy, device, file, progress
-        self.about = self._about()
+        self.about = {} if file is None else self._about()
         self.known: dict[tuple[str, int], Trial] = {}
         self.trials: list[Trial] = []
         if file is not None and file.exists():
@@ -225,11 +225,11 @@ class _Trials:
         return Trial(str(candidate), steps, report.latency[steps], accuracy, self.reference - accuracy, cost, seconds)
 
     def _about(self) -> dict[str, Any]:
-        weights = hashlib.sha256()
-        for name, value in sorted(self.model.state_dict().items()):
-            weights.update(name.encode())
-            weights.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-        return {"model": weights.hexdigest()[:16], "reference": self.reference, "energy": self.energy}
+        weights = [value for _, value in sorted(self.model.state_dict().items())]
+        calibration = (images for images, _ in labelled_batches(self.calibration))
+        data = (tensor for batch in labelled_batches(self.data) for tensor in batch if tensor is not None)
+        digests = {"model": _digest(weights), "calibration": _digest(calibration), "data": _digest(data)}
+        return {**digests, "reference": self.reference, "energy": self.energy}
 
     def _read(self, file: Path) -> None:
         try:
@@ -246,6 +246,14 @@ class _Trials:
         if self.file is not None:
             saved = {"about": self.about, "trials": [asdict(trial) for trial in self.known.values()]}
             write_text(self.file, json.dumps(saved, indent=2, allow_nan=False) + "\n")
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    """Of all bytes, in order."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def _first(data: Batches) -> list[Any]:

@@ -57,7 +57,7 @@ class Training:
     accumulate: int = option(1, "parts that a batch is cut into, one after the other, to save memory", unit="parts", low=1, high=2**20)
     optimiser: Literal["sgd", "adam", "adamw", "adadelta", "muon"] = option(
         "sgd",
-        "sgd has Nesterov's momentum, adam keeps the largest second moment, muon needs the fewest epochs (0.005, weight_decay=0.6)",
+        "sgd has Nesterov's momentum, adam keeps the largest second moment, muon gets further in few epochs (0.005, weight_decay=0.6)",
     )
     learning_rate: float = option(0.2, "largest learning rate", low=0, high=1000, low_open=True)
     momentum: float = option(0.9, "momentum of sgd and muon, first beta of adam and adamw", low=0, high=0.9999)

@@ -1,7 +1,7 @@
 """A first convolution that starts as filters which whiten patches of the training images, and stays so.
 
 The other layers then begin with inputs that are uncorrelated and of equal size, which takes the place of several epochs
-(K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv 2404.00498, section 3.1).
+(K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv 2404.00498).
 """
 
 from __future__ import annotations
