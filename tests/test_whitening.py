@@ -14,7 +14,7 @@ import quickspike as qs
 from quickspike.api import fit, train, tune
 from quickspike.augmentation import Augmentation
 from quickspike.data import DataSet, ImageStream
-from quickspike.errors import OptionError
+from quickspike.errors import DataError, OptionError
 from quickspike.evaluation import make_fabric
 from quickspike.method import create
 from quickspike.training import Trainer, Training
@@ -67,6 +67,15 @@ def test_a_network_without_such_a_layer_is_refused(network: nn.Module, found: st
     with pytest.raises(OptionError, match="first convolution that reads images") as raised:
         whiten(network, images)
     assert found in str(raised.value)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_images_that_hold_nothing_are_refused(value: float, images: Tensor) -> None:
+    layer = nn.Conv2d(3, 4, 3)
+    before = layer.weight.detach().clone()
+    with pytest.raises(DataError, match="nothing in the training images"):
+        whiten(layer, images * 0 + value)
+    assert torch.equal(layer.weight, before)
 
 
 @pytest.fixture
