@@ -140,6 +140,8 @@ def test_a_sample_holds_the_spikes_of_its_image(
     found = sample_of(snn, image, image, 7)
     run = simulate(snn, image[None])
     assert found.label == "7"
+    some = sample_of(snn, image, image, 7, ("zero", "one"))
+    assert (some.label, some.classes[:3], len(some.classes)) == ("7", ("zero", "one", "2"), 10)
     for site, counts in run.spikes.items():
         assert found.spikes[site].shape == (5, counts[0].numel())
         assert torch.equal(found.spikes[site].sum(0), counts[0].flatten())

@@ -67,7 +67,7 @@ def sample_of(snn: SpikingNetwork, image: Tensor, pixels: Tensor, label: int, cl
         image: as the network takes it, `[C, H, W]`.
         pixels: to be shown, in [0, 1], `[C, H, W]`.
         label: its class.
-        classes: their names.
+        classes: their names; a class without one is called by its number.
     """
     spikes: dict[str, Tensor] = {}
 
@@ -85,7 +85,7 @@ def sample_of(snn: SpikingNetwork, image: Tensor, pixels: Tensor, label: int, cl
         for hook in hooks:
             hook.remove()
     logits = outputs.cumsum(0) / torch.arange(1, len(outputs) + 1, device=outputs.device)[:, None]
-    names = tuple(classes) or tuple(map(str, range(logits.shape[1])))
+    names = (*classes, *map(str, range(len(classes), max(logits.shape[1], label + 1))))
     return Sample(pixels.cpu(), names[label], spikes, logits.cpu(), names)
 
 
