@@ -155,10 +155,11 @@ SETTINGS = {
 }
 HARDWARE = ("--device NAME", "--devices N", "[unit: devices; range: >= 1]", "--nodes N", "--strategy NAME", "--precision NAME")
 FILES = ("--out DIR", "--resume", "--tensorboard", "--json")
+TEACHER = ("--teacher MODEL", "--teacher-weights FILE")
 DATA = ("--data NAME", "--data-dir DIR", "--mean M", "--std S", "--download")
 OTHER = {
-    "train": ("MODEL", *DATA, *HARDWARE, *FILES, "--method NAME", "--weights FILE", "--calibration-images N"),
-    "tune": ("NETWORK", *DATA, *HARDWARE, *FILES),
+    "train": ("MODEL", *DATA, *HARDWARE, *FILES, *TEACHER, "--method NAME", "--weights FILE", "--calibration-images N"),
+    "tune": ("NETWORK", *DATA, *HARDWARE, *FILES, *TEACHER),
     "run": ("RECIPE", "--out DIR", "--seeds N", "--resume", "--tensorboard", "--dry-run", "--json", "--data NAME", *HARDWARE),
     "compare": (
         *("MODEL", *DATA, "--methods NAME", "--steps T", "--weights FILE", "--calibration-images N", "--images N", "--out FILE"),
@@ -269,6 +270,31 @@ def test_tune(run: Any, network: Path, few: str, tmp_path: Path) -> None:
     assert any(name.endswith("threshold") for name in changed)
     assert not any(name.endswith("leak") for name in changed)
     assert epochs_of(tmp_path) == [("tune", 1), ("tune", 2)]
+
+
+def test_tune_with_a_teacher(run: Any, network: Path, model: Path, few: str, tmp_path: Path) -> None:
+    quick = ("--data", few, "--device", "cpu", "--epochs", 1, "--learning-rate", 0.01)
+    weights = []
+    for name, seed in (("one", 1), ("other", 2)):
+        ended_well(run("train", f"{model}:net", "--data", few, *QUICK, "--epochs", 0, "--seed", seed, "--out", tmp_path / name))
+        taught = ("--distill", 1, "--teacher", f"{model}:net", "--teacher-weights", tmp_path / name / "weights.safetensors")
+        ended_well(run("tune", network, *quick, *taught, "--out", tmp_path / f"tuned by {name}"))
+        weights.append(qs.load(tmp_path / f"tuned by {name}" / "network.safetensors").state_dict())
+    assert any(not torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_distillation_from_nothing_is_refused(run: Any, network: Path, model: Path, few: str, tmp_path: Path) -> None:
+    data = ("--data", few, "--device", "cpu", "--epochs", 1, "--out", tmp_path)
+    for command, part in (
+        (("train", f"{model}:net", "--distill", 0.5), "--distill needs a trained network"),
+        (("train", "digits_cnn,width=2", "--method", "qcfs", "--distill", 0.5), "--distill needs a trained network"),
+        (("tune", network, "--distill", 0.5), "distill=0.5 needs a teacher"),
+        (("tune", network, "--teacher", f"{model}:net"), "--teacher does nothing without --distill"),
+    ):
+        result = run(*command, *data)
+        assert result.code == 2
+        assert part in result.err
+        assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_run(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

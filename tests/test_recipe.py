@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import quickspike as qs
+import quickspike.training
 from quickspike.augmentation import Augmentation
 from quickspike.cli import main
 from quickspike.data import Statistics
@@ -238,8 +239,15 @@ MISTAKES: dict[str, tuple[str, str, list[str]]] = {
     "calibration 0": ("calibration = 100", "calibration = 0", ["calibration"]),
     "calibration is text": ("calibration = 100", 'calibration = "all"', ["calibration"]),
     "whitening of a trained network": ("learning_rate = 0.001", "learning_rate = 0.001\nwhiten = true", ["whiten", "[source]"]),
+    "a source with a teacher": ("learning_rate = 0.05", "learning_rate = 0.05\ndistill = 0.5", ["distill", "[source]"]),
     "model is a number": ('model = "digits_cnn,width=4"', "model = 4", ["model"]),
 }
+
+
+def test_distillation_without_a_source_is_refused(write: Callable[[str], Path]) -> None:
+    text = without("source").replace("learning_rate = 0.001", "learning_rate = 0.001\ndistill = 0.5")
+    with pytest.raises(RecipeError, match=r"distill in \[train\] needs a \[source\]"):
+        read_recipe(write(text))
 
 
 @pytest.mark.parametrize("case", MISTAKES)
@@ -473,6 +481,25 @@ def test_recipes_with_the_same_source_share_it(fabric: Any, tmp_path: Path) -> N
     assert begun("other width", model="digits_cnn,width=5") == ["source", "ann"]
     assert begun("other seed", seeds=(0, 7), train=None) == ["source"]
     assert begun("other precision", precision="bf16-true", train=None) == ["source"]
+
+
+def test_both_stages_learn_from_the_trained_source(fabric: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teachers = []
+    answers_of = quickspike.training._answers_of
+
+    def watched(trainer: Any, settings: Training) -> Any:
+        teachers.append((settings.distill, trainer.teacher))
+        return answers_of(trainer, settings)
+
+    monkeypatch.setattr("quickspike.training._answers_of", watched)
+    taught = Training(epochs=1, batch_size=512, learning_rate=0.001, distill=0.7)
+    run_recipe(small(train=taught, tune=taught), Place(out=tmp_path / "out", fabric=fabric))
+    (weights,) = tmp_path.glob("sources/*/seed0/weights.safetensors")
+    source = load_model("digits_cnn,width=4", weights)
+    assert [share for share, _ in teachers] == [0.0, 0.7, 0.7]
+    for _, teacher in teachers[1:]:
+        assert teacher.state_dict().keys() == source.state_dict().keys()
+        assert all(torch.equal(value, source.state_dict()[name]) for name, value in teacher.state_dict().items())
 
 
 def test_a_source_trained_on_other_images_is_not_taken(fabric: Any, tmp_path: Path, digits: Any) -> None:

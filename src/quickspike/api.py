@@ -101,6 +101,8 @@ def fit(model: nn.Module, images: ImageStream, method: Method, trainer: Trainer 
         UnsupportedOperatorError, DataError: see `convert`.
     """
     _not_whitened(trainer)
+    if trainer is not None:
+        trainer = _taught(trainer, model)
     traced = trace(method.source(model), images.example, trainable=trainer is not None, pools_in_front=not method.pools_spikes)
     ann = prepare(traced, method)
     if trainer is not None:
@@ -118,30 +120,39 @@ def finish(ann: Traced, images: ImageStream, method: Method, surrogate: Surrogat
     return snn.eval()
 
 
-def tune(snn: SpikingNetwork, trainer: Trainer, tuning: Tuning | None = None) -> SpikingNetwork:
+def tune(snn: SpikingNetwork, trainer: Trainer, tuning: Tuning | None = None, teacher: nn.Module | None = None) -> SpikingNetwork:
     """Fine-tune a spiking network end to end, as its method does it.
 
     Args:
         snn: where the training starts; not modified.
         trainer: data, settings and devices.
         tuning: what is learned; weights, thresholds and leaks by default.
+        teacher: whose answers are learned if the settings distill, as a rule the source network; not modified.
 
     Returns:
         A trained copy in evaluation mode, on the trainer's device.
 
     Raises:
         ConversionError: the network was accelerated, which leaves it nothing to learn with.
+        OptionError: the settings distill, and there is no teacher.
     """
     if "engine" in snn.provenance:
         raise ConversionError(
             f"a network made for the {snn.provenance['engine']['name']} engine cannot learn; tune the one it was made from"
         )
     _not_whitened(trainer)
+    if teacher is not None:
+        trainer = _taught(trainer, teacher)
     tuned = copy.deepcopy(snn)
     trainer.fabric.to_device(tuned)
     method = Method.from_json(snn.method)
     method.tune(tuned, _about(trainer, method, tuning or Tuning()), tuning or Tuning())
     return tuned.eval()
+
+
+def _taught(trainer: Trainer, teacher: nn.Module) -> Trainer:
+    """The same trainer, with this teacher unless it has one."""
+    return trainer if trainer.teacher is not None else dataclasses.replace(trainer, teacher=teacher)
 
 
 def _about(train: Train, *settings: Method | Tuning) -> Train:

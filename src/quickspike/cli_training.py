@@ -16,6 +16,7 @@ from quickspike.console import Tracked, TrainingWatcher, print_json, show
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+    from torch import nn
 
     from quickspike.augmentation import Augmentation
     from quickspike.conversion import SpikingNetwork
@@ -59,7 +60,29 @@ class TrainingFiles:
     json: Json = False
 
 
-def _trainer(data: DataSet, settings: Training, augmentation: Augmentation, hardware: Hardware, files: TrainingFiles) -> Trainer:
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """Whose answers the network learns, with --distill."""
+
+    teacher: Annotated[
+        str | None,
+        Help(metavar="MODEL", help="network whose answers are learned (--distill), named like MODEL [default: train: the source network]"),
+    ] = None
+    teacher_weights: Annotated[Path | None, Help(metavar="FILE", help="its weights, as for --weights")] = None
+
+    def load(self, distill: float) -> nn.Module | None:
+        """The network; None if none is named."""
+        from quickspike.errors import OptionError
+        from quickspike.models import load_model
+
+        if self.teacher is not None and not distill:
+            raise OptionError("--teacher does nothing without --distill, the share of the loss that its answers have")
+        return None if self.teacher is None else load_model(self.teacher, self.teacher_weights)
+
+
+def _trainer(
+    data: DataSet, settings: Training, augmentation: Augmentation, hardware: Hardware, files: TrainingFiles, teacher: Teacher
+) -> Trainer:
     from quickspike.training import Trainer, start_anew
 
     fabric = hardware.launch()
@@ -75,6 +98,7 @@ def _trainer(data: DataSet, settings: Training, augmentation: Augmentation, hard
         resume=files.resume,
         watcher=TrainingWatcher(quiet=not fabric.is_global_zero),
         tensorboard=files.tensorboard,
+        teacher=teacher.load(settings.distill),
     )
 
 
@@ -101,10 +125,12 @@ def train_command(method: str | None) -> Callable[..., None]:
     from quickspike.method import get
     from quickspike.training import Training
 
-    def train(model: Any, data: Any, source: Any, files: Any, training: Any, augmentation: Any, hardware: Any, options: Any) -> None:
+    def train(
+        model: Any, data: Any, source: Any, files: Any, training: Any, teacher: Any, augmentation: Any, hardware: Any, options: Any
+    ) -> None:
         """Train a source network, plainly or with a method's activations; with a method, convert it too."""
         settings, drawn = Training(**dataclasses.asdict(training)), Augmentation(**dataclasses.asdict(augmentation))
-        _train(model, data, source, files, settings, drawn, hardware, {} if options is None else dataclasses.asdict(options))
+        _train(model, data, source, files, settings, teacher, drawn, hardware, {} if options is None else dataclasses.asdict(options))
 
     train.__annotations__ = {
         "model": ModelName,
@@ -112,6 +138,7 @@ def train_command(method: str | None) -> Callable[..., None]:
         "source": _flat(Source, "source"),
         "files": _flat(TrainingFiles, "files"),
         "training": _flat(options_type(Training), "training"),
+        "teacher": _flat(Teacher, "teacher"),
         "augmentation": _flat(options_type(Augmentation), "augmentation"),
         "hardware": _flat(Hardware, "hardware"),
         "options": _flat(method_options(get(method)) if method else type(None), "method"),
@@ -123,8 +150,8 @@ def train_command(method: str | None) -> Callable[..., None]:
 
 
 def _without_options(train: Callable[..., None]) -> Callable[..., None]:
-    def plain(model: Any, data: Any, source: Any, files: Any, training: Any, augmentation: Any, hardware: Any) -> None:
-        train(model, data, source, files, training, augmentation, hardware, None)
+    def plain(model: Any, data: Any, source: Any, files: Any, training: Any, teacher: Any, augmentation: Any, hardware: Any) -> None:
+        train(model, data, source, files, training, teacher, augmentation, hardware, None)
 
     plain.__doc__ = train.__doc__
     plain.__annotations__ = {name: kind for name, kind in train.__annotations__.items() if name != "options"}
@@ -137,22 +164,27 @@ def _train(
     source: Source,
     files: TrainingFiles,
     settings: Training,
+    teacher: Teacher,
     augmentation: Augmentation,
     hardware: Hardware,
     options: dict[str, Any],
 ) -> None:
     from quickspike.api import finish, fit, train
     from quickspike.data import ImageStream
+    from quickspike.errors import OptionError
     from quickspike.files import check_writable
     from quickspike.method import create
     from quickspike.models import load_model, save_weights
 
     chosen = None if source.method is None else create(source.method, **options)
+    # What a registered network holds without weights is random: no answers to learn.
+    if settings.distill and teacher.teacher is None and (chosen is None or (source.weights is None and ".py:" not in model)):
+        raise OptionError("--distill needs a trained network to learn from: with --method the --weights of MODEL, or else --teacher")
     out = files.out / ("weights.safetensors" if chosen is None else "network.safetensors")
     check_writable(out)
     data_set = data.load()
     network = load_model(model, source.weights, settings.seed)
-    trainer = _trainer(data_set, settings, augmentation, hardware, files)
+    trainer = _trainer(data_set, settings, augmentation, hardware, files, teacher)
     if chosen is None:
         trained, history = train(network, trainer)
         if trainer.fabric.is_global_zero:
@@ -180,10 +212,10 @@ def tune_command() -> Callable[..., None]:
     from quickspike.training import Training
     from quickspike.tuning import Tuning
 
-    def tune(network: Any, data: Any, files: Any, tuning: Any, training: Any, augmentation: Any, hardware: Any) -> None:
+    def tune(network: Any, data: Any, files: Any, tuning: Any, training: Any, teacher: Any, augmentation: Any, hardware: Any) -> None:
         """Fine-tune a spiking network end to end with surrogate gradients: weights, thresholds and leaks."""
         settings, drawn = Training(**dataclasses.asdict(training)), Augmentation(**dataclasses.asdict(augmentation))
-        _tune(network, data, files, Tuning(**dataclasses.asdict(tuning)), settings, drawn, hardware)
+        _tune(network, data, files, Tuning(**dataclasses.asdict(tuning)), settings, teacher, drawn, hardware)
 
     tune.__annotations__ = {
         "network": Annotated[Path, tyro.conf.Positional, Help(metavar="NETWORK", help="a spiking network that was saved before")],
@@ -193,6 +225,7 @@ def tune_command() -> Callable[..., None]:
         "training": _flat(
             options_type(Training, epochs=4, optimiser="adam", learning_rate=1e-4, weight_decay=0.0, schedule="cosine"), "training"
         ),
+        "teacher": _flat(Teacher, "teacher"),
         "augmentation": _flat(options_type(Augmentation), "augmentation"),
         "hardware": _flat(Hardware, "hardware"),
     }
@@ -205,6 +238,7 @@ def _tune(
     files: TrainingFiles,
     tuning: Tuning,
     settings: Training,
+    teacher: Teacher,
     augmentation: Augmentation,
     hardware: Hardware,
 ) -> None:
@@ -216,7 +250,7 @@ def _tune(
     check_writable(out)
     snn = load(network)
     data_set = data.load(snn.provenance.get("statistics"))
-    trainer = _trainer(data_set, settings, augmentation, hardware, files)
+    trainer = _trainer(data_set, settings, augmentation, hardware, files, teacher)
     tuned = tune(snn, trainer, tuning)
     if trainer.fabric.is_global_zero:
         tuned.save(out)

@@ -96,6 +96,10 @@ class Recipe:
         for name, settings in (("train", self.train), ("tune", self.tune)):
             if settings is not None and settings.whiten:
                 raise OptionError(f"recipe: whiten belongs to [source], not to [{name}]: it would undo the first convolution")
+            if settings is not None and settings.distill and self.source is None:
+                raise OptionError(f"recipe: distill in [{name}] needs a [source] whose answers are learned")
+        if self.source is not None and self.source.distill:
+            raise OptionError("recipe: [source] is trained first and has no teacher; distill belongs to [train] or [tune]")
         for name in ("title", "data", "model", "precision"):
             if not isinstance(getattr(self, name), str):
                 raise OptionError(f"recipe: {name} must be a text, got {getattr(self, name)!r}")
@@ -299,7 +303,7 @@ class _Seed:
             waiting = self._measured(snn.as_synchronous())
             accuracy["synchronous"] = waiting["accuracy"]
         if self.recipe.tune is not None:
-            snn = self._tuned(snn)
+            snn = self._tuned(snn, source)
             report = self._measured(snn)
             accuracy["tuned"] = report["accuracy"]
         run = {
@@ -376,13 +380,13 @@ class _Seed:
         self.seconds["train and convert"] = time.perf_counter() - started
         return ann, snn
 
-    def _tuned(self, snn: SpikingNetwork) -> SpikingNetwork:
+    def _tuned(self, snn: SpikingNetwork, source: nn.Module) -> SpikingNetwork:
         started = time.perf_counter()
-        tuned = tune(snn, self._trainer(self.recipe.tune or Training(), self.folder), self.recipe.tuning)
+        tuned = tune(snn, self._trainer(self.recipe.tune or Training(), self.folder), self.recipe.tuning, teacher=source)
         if self.fabric.is_global_zero:
             tuned.save(self.folder / "tuned.safetensors")
         self.seconds["tune"] = time.perf_counter() - started
         return tuned
 
     def _measured(self, snn: SpikingNetwork) -> dict[str, Any]:
-        return evaluate(snn, self.data.loader("test"), None, self.recipe.steps, fabric=self.fabric).to_json()
+        return evaluate(snn, self.data.loader("test"), None, self.recipe.steps, fabric=self.fabric, engine="auto").to_json()

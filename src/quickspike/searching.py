@@ -7,17 +7,15 @@ latency of the best one so far is left at that. Every trial is converted for its
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quickspike.api import convert
 from quickspike.data import Batches, labelled_batches
@@ -27,6 +25,7 @@ from quickspike.evaluation import accuracy_of, evaluate, make_fabric
 from quickspike.files import write_text
 from quickspike.method import create, get
 from quickspike.operations import count_operations
+from quickspike.provenance import digest
 
 
 @dataclass(frozen=True)
@@ -228,7 +227,7 @@ class _Trials:
         weights = [value for _, value in sorted(self.model.state_dict().items())]
         calibration = (images for images, _ in labelled_batches(self.calibration))
         data = (tensor for batch in labelled_batches(self.data) for tensor in batch if tensor is not None)
-        digests = {"model": _digest(weights), "calibration": _digest(calibration), "data": _digest(data)}
+        digests = {"model": digest(weights), "calibration": digest(calibration), "data": digest(data)}
         return {**digests, "reference": self.reference, "energy": self.energy}
 
     def _read(self, file: Path) -> None:
@@ -246,14 +245,6 @@ class _Trials:
         if self.file is not None:
             saved = {"about": self.about, "trials": [asdict(trial) for trial in self.known.values()]}
             write_text(self.file, json.dumps(saved, indent=2, allow_nan=False) + "\n")
-
-
-def _digest(tensors: Iterable[Tensor]) -> str:
-    """Of all bytes, in order."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 def _first(data: Batches) -> list[Any]:

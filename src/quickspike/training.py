@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from quickspike.augmentation import Augmentation
 from quickspike.batches import Share, TrainingBatches
+from quickspike.capture import copy_of
 from quickspike.data import DataSet
 from quickspike.errors import CheckpointError, DataError, OptionError, QuickspikeError
 from quickspike.files import whole_file
 from quickspike.metrics import Metrics
 from quickspike.options import option, validate
+from quickspike.provenance import digest
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -70,6 +72,15 @@ class Training:
     factor: float = option(0.2, "what it is multiplied by (schedule=step, exponential)", low=0, high=1, low_open=True)
     loss: Literal["cross_entropy", "squared_error"] = option("cross_entropy", "loss on the logits; squared_error is against 0 and 1")
     label_smoothing: float = option(0.0, "share of the target that is spread over all classes", low=0, high=0.999)
+    distill: float = option(
+        0.0,
+        "share of the loss that is the distance to the answers of a teacher, by default the source network, instead of to the labels",
+        low=0,
+        high=1,
+    )
+    temperature: float = option(
+        2.0, "what logits are divided by before they are held against the teacher's", low=0, high=100, low_open=True
+    )
     clip: float = option(0.0, "largest norm of the gradient; 0 for none", low=0, high=1e9)
     ema: float = option(
         0.0,
@@ -217,6 +228,8 @@ class Trainer:
     resume: bool = False
     watcher: Watcher = field(default_factory=Silent)
     tensorboard: bool = False
+    teacher: nn.Module | None = None
+    """Whose answers the network learns (`Training.distill`); not modified."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """What else a checkpoint has to agree with: options of the method, and what of a spiking network is tuned."""
 
@@ -268,15 +281,63 @@ def _shared_mean(fabric: Fabric, total: float, count: float) -> float:
     return float(sums[0] / sums[1])
 
 
-def _loss_of(settings: Training, classes: int) -> Loss:
-    def cross_entropy(network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(network(images).float(), targets, label_smoothing=settings.label_smoothing)
-
-    def squared_error(network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+def _loss_of(settings: Training, classes: int, answers: Callable[[Tensor], Tensor] | None) -> Loss:
+    def to_labels(logits: Tensor, targets: Tensor) -> Tensor:
+        if settings.loss == "cross_entropy":
+            return F.cross_entropy(logits, targets, label_smoothing=settings.label_smoothing)
         wanted = targets if targets.is_floating_point() else F.one_hot(targets, classes)
-        return F.mse_loss(network(images).float(), wanted.float())
+        return F.mse_loss(logits, wanted.float())
 
-    return cross_entropy if settings.loss == "cross_entropy" else squared_error
+    def loss(network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        logits = network(images).float()
+        if answers is None:
+            return to_labels(logits, targets)
+        return (1 - settings.distill) * to_labels(logits, targets) + settings.distill * divergence(
+            logits, answers(images), settings.temperature
+        )
+
+    return loss
+
+
+def divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence of softened answers from the teacher's, mean over the batch, in nats.
+
+    Times the squared temperature, so that its gradient keeps its size (Hinton et al., arXiv 1503.02531, section 2).
+
+    Args:
+        logits: `[B, K]`.
+        wanted: the teacher's, `[B, K]`.
+        temperature: both are divided by it first.
+
+    Raises:
+        DataError: the teacher has other classes.
+    """
+    if logits.shape != wanted.shape:
+        raise DataError(f"the teacher answers {list(wanted.shape)}, the network {list(logits.shape)}; they must have the same classes")
+    softened, answers = (F.log_softmax(values / temperature, 1) for values in (logits, wanted))
+    return F.kl_div(softened, answers, log_target=True, reduction="batchmean") * temperature**2
+
+
+def _answers_of(trainer: Trainer, settings: Training) -> Callable[[Tensor], Tensor] | None:
+    """Images `[B, ...]` to the teacher's logits `[B, K]`; None without distillation.
+
+    Raises:
+        OptionError: there is no teacher.
+    """
+    if not settings.distill:
+        return None
+    if trainer.teacher is None:
+        raise OptionError(f"distill={settings.distill:g} needs a teacher: the network whose answers are to be learned")
+    teacher = trainer.fabric.to_device(copy_of(trainer.teacher))
+    if any(parameter.ndim == 4 for parameter in teacher.parameters()):
+        teacher.to(memory_format=torch.channels_last)
+
+    def answers(images: Tensor) -> Tensor:
+        with torch.no_grad(), trainer.fabric.autocast():
+            logits: Tensor = teacher(images)
+        return logits.float()
+
+    return answers
 
 
 @contextlib.contextmanager
@@ -307,11 +368,13 @@ class _Stage:
             batches,
             module,
             stage,
-            loss or _loss_of(settings, batches.classes),
+            loss or _loss_of(settings, batches.classes, _answers_of(trainer, settings)),
         )
         # What a loss of the caller's makes of images and targets is the caller's business.
         self.plain_loss = loss is None
-        self.augmentation, self.about = trainer.augmentation, trainer.about
+        self.augmentation, self.about = trainer.augmentation, dict(trainer.about)
+        if settings.distill and trainer.teacher is not None:
+            self.about["teacher"] = digest(trainer.teacher.state_dict().values())
         self.watcher, self.resume = trainer.watcher, trainer.resume
         self.after_step, self.mode = after_step, mode or nn.Module.train
         self.file = None if trainer.folder is None else trainer.folder / f"{stage}.ckpt"
@@ -470,7 +533,7 @@ class _Stage:
         self.fabric.barrier()
 
     def _described(self) -> dict[str, Any]:
-        return dataclasses.asdict(self.settings) | dataclasses.asdict(self.augmentation) | dict(self.about)
+        return dataclasses.asdict(self.settings) | dataclasses.asdict(self.augmentation) | self.about
 
     def _restore(self) -> None:
         if self.file is None or not self.file.is_file():

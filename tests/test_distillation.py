@@ -1,0 +1,168 @@
+"""Learning a teacher's answers: the distance, what it is mixed with, whose answers they are."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import quickspike as qs
+from quickspike.api import fit, train, tune
+from quickspike.data import DataSet, ImageStream
+from quickspike.errors import CheckpointError, DataError, OptionError
+from quickspike.evaluation import make_fabric
+from quickspike.method import create
+from quickspike.training import Trainer, Training, divergence
+
+PLAIN = {"epochs": 1, "batch_size": 100, "learning_rate": 0.05, "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
+
+
+@pytest.fixture
+def trainer(digits: DataSet) -> Callable[..., Trainer]:
+    """On 400 digits; `labels` are put in the place of the true ones."""
+
+    def make(labels: Tensor | None = None, folder: Path | None = None, resume: bool = False, **settings: Any) -> Trainer:
+        images = copy.copy(digits.train)
+        images.pixels, images.labels = images.pixels[:400], images.labels[:400] if labels is None else labels
+        data = dataclasses.replace(digits, train=images)
+        return Trainer(fabric=make_fabric("cpu"), data=data, settings=Training(**(PLAIN | settings)), folder=folder, resume=resume)
+
+    return make
+
+
+def net(seed: int, classes: int = 10) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = (nn.Conv2d(1, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(54, classes))
+        return nn.Sequential(*layers).eval()
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+# The distance
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_the_distance_is_that_of_the_definition(temperature: float) -> None:
+    torch.manual_seed(0)
+    logits, wanted = torch.randn(2, 7, 5, dtype=torch.float64)
+    p, q = ((values / temperature).softmax(1) for values in (wanted, logits))
+    expected = (p * (p / q).log()).sum(1).mean() * temperature**2
+    torch.testing.assert_close(divergence(logits, wanted, temperature), expected)
+
+
+def test_the_distance_is_zero_for_the_same_answers_and_shifts_change_nothing() -> None:
+    logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shift = torch.arange(4, dtype=torch.float64).unsqueeze(1)
+    assert float(divergence(logits + shift, logits, 3.0)) == pytest.approx(0, abs=1e-12)
+    assert float(divergence(logits * 2, logits, 3.0)) > 0.01
+
+
+def test_its_gradient_at_a_high_temperature_is_that_of_squared_differences() -> None:
+    """Hinton et al., equation 4: for logits of mean zero, (v - w)/K. The size does not fall with the temperature."""
+    torch.manual_seed(0)
+    logits, wanted = (values - values.mean(1, keepdim=True) for values in torch.randn(2, 1, 5, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(divergence(logits.requires_grad_(), wanted, 1e4), logits)
+    torch.testing.assert_close(gradient, (logits.detach() - wanted) / 5, rtol=1e-3, atol=1e-5)
+
+
+# What it is mixed with
+
+
+def test_at_share_1_labels_do_not_matter(trainer: Callable[..., Trainer], digits: DataSet) -> None:
+    teacher, wrong = net(1), (digits.train.labels[:400] + 3) % 10
+    one, other = (
+        train(net(0), dataclasses.replace(trainer(labels, distill=1.0, label_smoothing=0.1), teacher=teacher))[0]
+        for labels in (None, wrong)
+    )
+    assert same(one, other)
+    one, other = (train(net(0), dataclasses.replace(trainer(labels, distill=0.9), teacher=teacher))[0] for labels in (None, wrong))
+    assert not same(one, other)
+
+
+def test_the_share_weighs_labels_against_answers(trainer: Callable[..., Trainer]) -> None:
+    """One step on one batch: the change of the weights is the mixture of the changes that either loss makes."""
+    teacher, start = net(1), net(0)
+
+    def change(share: float) -> Tensor:
+        made = dataclasses.replace(trainer(distill=share, batch_size=400, temperature=3.0), teacher=teacher)
+        return train(start, made)[0].state_dict()["4.weight"] - start.state_dict()["4.weight"]
+
+    torch.testing.assert_close(change(0.25), 0.75 * change(0.0) + 0.25 * change(1.0), rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(change(0.0), change(1.0), atol=1e-4)
+
+
+def test_the_step_is_the_one_of_the_loss_written_out(trainer: Callable[..., Trainer]) -> None:
+    made = dataclasses.replace(trainer(distill=0.5, temperature=2.0, batch_size=400), teacher=net(1))
+    trained, history = train(net(0), made)
+    images, labels = made.data.train.pixels.float(), made.data.train.labels
+    batch = torch.cat([images for images, _ in made.data.loader("train")])
+    assert len(images) == len(batch)
+    student, teacher = net(0).train(), net(1)
+    logits = student(batch)
+    p, q = (teacher(batch).detach() / 2).softmax(1), (logits / 2).log_softmax(1)
+    loss = 0.5 * F.cross_entropy(logits, labels) + 0.5 * 4 * (p * (p.log() - q)).sum(1).mean()
+    loss.backward()
+    assert history.rows[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    expected = student[4].weight - 0.05 * student[4].weight.grad
+    torch.testing.assert_close(trained.state_dict()["4.weight"], expected.detach(), rtol=1e-4, atol=1e-6)
+
+
+# Whose answers
+
+
+def test_a_method_learns_the_answers_of_the_source_network(trainer: Callable[..., Trainer], digits: DataSet) -> None:
+    source, images = net(0), ImageStream(digits.loader("train", limit=50))
+    before = copy.deepcopy(source)
+    made = trainer(distill=1.0)
+    own = fit(source, images, create("qcfs", steps=2), made)
+    given = fit(source, images, create("qcfs", steps=2), dataclasses.replace(made, teacher=copy.deepcopy(source)))
+    foreign = fit(source, images, create("qcfs", steps=2), dataclasses.replace(made, teacher=net(1)))
+    assert same(own.module, given.module)
+    assert not same(own.module, foreign.module)
+    assert same(source, before)
+
+
+def test_tuning_brings_answers_closer_to_the_teachers(trainer: Callable[..., Trainer], digits_source: nn.Module, digits: DataSet) -> None:
+    snn = qs.convert(digits_source, digits.loader("train", limit=200), "ultra_low_latency", steps=2)
+    before = copy.deepcopy(digits_source)
+    tuned = tune(snn, trainer(distill=1.0, epochs=2, learning_rate=0.002, momentum=0.9), teacher=digits_source)
+    images = torch.cat([batch for batch, _ in digits.loader("test")])
+    with torch.no_grad():
+        wanted = digits_source(images)
+        distances = [float(divergence(network.run(images).logits[-1], wanted, 2.0)) for network in (snn, tuned)]
+    assert distances[1] < 0.7 * distances[0]
+    assert same(digits_source, before)
+
+
+def test_without_a_teacher_nothing_begins(trainer: Callable[..., Trainer], digits: DataSet, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"distill=0\.5 needs a teacher"):
+        train(net(0), trainer(distill=0.5, folder=tmp_path))
+    snn = qs.convert(net(0), digits.loader("train", limit=50), steps=2)
+    with pytest.raises(OptionError, match=r"distill=0\.5 needs a teacher"):
+        tune(snn, trainer(distill=0.5, folder=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_of_other_classes_is_refused(trainer: Callable[..., Trainer]) -> None:
+    made = dataclasses.replace(trainer(distill=0.5), teacher=net(1, classes=7))
+    with pytest.raises(DataError, match=r"the teacher answers \[100, 7\], the network \[100, 10\]"):
+        train(net(0), made)
+
+
+def test_a_checkpoint_knows_its_teacher(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    first = dataclasses.replace(trainer(distill=0.5, folder=tmp_path), teacher=net(1))
+    trained, _ = train(net(0), first)
+    again, _ = train(net(0), dataclasses.replace(first, teacher=copy.deepcopy(net(1)), resume=True))
+    assert same(trained, again)
+    with pytest.raises(CheckpointError, match="teacher="):
+        train(net(0), dataclasses.replace(first, teacher=net(2), resume=True))
