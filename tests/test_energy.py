@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
+from torch import Tensor
 
-from quickspike.energy import E_AC, E_MAC, energy_ratio, mean_spikes
+import quickspike as qs
+from quickspike.claims import CLAIMS, E_AC, E_MAC, claim_of, energy_ratio, filled_in, mean_spikes, relative_spikes
+from quickspike.energy import energy_of
+from quickspike.errors import UnknownNameError
+from quickspike.operations import Counts, Operations, count_operations
 
 
 @dataclass(frozen=True)
@@ -160,3 +167,45 @@ def test_mean_spikes() -> None:
     assert mean_spikes([1.0, 3.0], [3, 1]) == 1.5
     with pytest.raises(ValueError, match="zip"):
         mean_spikes([1.0, 2.0], [1])
+
+
+# The formulas, filled in
+
+
+def test_formulas_of_a_network_by_hand() -> None:
+    rows = (
+        Counts("conv", "layer", dense=100, multiplies=100),
+        Counts("relu", "neurons", updates=40, spikes=15),
+        Counts("conv2", "layer", dense=300, accumulates=240),
+        Counts("relu2", "neurons", updates=20, spikes=9),
+        Counts("fc", "layer", dense=100, accumulates=80),
+    )
+    found = filled_in(Operations(rows, images=10, steps=2, first="once"))
+    assert found.keys() == {"diet_snn", "ultra_low_latency"}
+    # 24 spikes of 30 neurons; 320 accumulates over 400 connections.
+    assert found["diet_snn"] == pytest.approx(4.6 / (4.6 * 0.2 + 0.8 * 0.9 * 24 / 30))
+    assert found["ultra_low_latency"] == pytest.approx(3.2 / (3.2 * 0.2 + 0.8 * 0.1 * 320 / 400))
+
+
+def test_weighted_by_connections_the_formula_is_the_papers_account(digits_source: Any, digits_calibration: Tensor) -> None:
+    snn = qs.convert(digits_source, digits_calibration, "ultra_low_latency", steps=2)
+    operations = count_operations(snn, digits_calibration[:50])
+    assert filled_in(operations)["ultra_low_latency"] == pytest.approx(energy_of(operations, "45nm_int32", "papers").ratio)
+    # First layer and neurons apart, it is far from the account that leaves less out.
+    assert energy_of(operations, "45nm_int32").ratio < filled_in(operations)["ultra_low_latency"]
+
+
+def test_a_silent_network_that_multiplies_nowhere_costs_nothing() -> None:
+    rows = (Counts("conv", "layer", dense=100), Counts("relu", "neurons", updates=40))
+    assert filled_in(Operations(rows, images=1, steps=2, first="once")) == {"diet_snn": math.inf, "ultra_low_latency": math.inf}
+
+
+def test_published_figures_come_out_of_their_formulas() -> None:
+    assert energy_ratio(0.005, 0.40) == pytest.approx(claim_of("diet_snn").published, abs=0.1)
+    assert energy_ratio(0.00522, 0.034, 3.2, 0.1) == pytest.approx(claim_of("ultra_low_latency").published, rel=1 / 60)
+    assert relative_spikes(53, 200) == claim_of("rate_norm").published
+    for claim in CLAIMS.values():
+        assert claim.source.startswith("arXiv ")
+        assert claim.caveat
+    with pytest.raises(UnknownNameError, match="diet_snn"):
+        claim_of("diet_sn")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import shlex
 import sys
@@ -223,6 +224,7 @@ def evaluate(
     """Measure a spiking network on test images: accuracy after each number of steps, and firing rates."""
     from quickspike.anatomy import anatomy_of
     from quickspike.checkpoint import load
+    from quickspike.claims import filled_in
     from quickspike.early_exit import Saving, check_exit, check_loss, savings
     from quickspike.energy import ACCOUNTS, Energy, device_named, energy_of
     from quickspike.errors import OptionError
@@ -267,7 +269,11 @@ def evaluate(
     if energy:
         operations = count_operations(longest, Tracked(some, "counting operations"))
         priced = tuple(energy_of(operations, name, account) for name in energy for account in ACCOUNTS)
-        found |= {"operations": operations.to_json(), "energy": [one.to_json() for one in priced]}
+        found |= {
+            "operations": operations.to_json(),
+            "energy": [one.to_json() for one in priced],
+            "as_papers_count": {name: ratio if math.isfinite(ratio) else None for name, ratio in filled_in(operations).items()},
+        }
     if out is not None:
         write_text(out, dump(found))
     if plot is not None:

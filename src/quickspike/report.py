@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quickspike.anatomy import PARTS, Anatomy
+from quickspike.claims import claim_of, filled_in
 from quickspike.coverage import Coverage
 from quickspike.early_exit import Saving
 from quickspike.energy import Energy
@@ -109,7 +110,18 @@ def energy_tables(operations: Operations, energies: Sequence[Energy]) -> Rendera
     for one in energies:
         costs.add_row(one.device, one.account, f"{one.source / 1e3:,.1f}", f"{one.spiking / 1e3:,.1f}", f"{one.ratio:.2f}")
     caveats = dict.fromkeys(caveat for one in energies for caveat in one.caveats)
-    return Group(counts, costs, *(Text(f"- {caveat}") for caveat in caveats))
+    return Group(counts, costs, _claims_table(operations), *(Text(f"- {caveat}") for caveat in caveats))
+
+
+def _claims_table(operations: Operations) -> Table:
+    """This network by the papers' formulas, beside what the papers state of theirs."""
+    table = Table(title="source / spiking as papers count it")
+    for heading in ("paper", "formula", "published", "here"):
+        table.add_column(heading, justify="right" if heading in ("published", "here") else "left", overflow="fold")
+    for method, ratio in filled_in(operations).items():
+        claim = claim_of(method)
+        table.add_row(claim.source, claim.formula, f"{claim.published:g} ({claim.network})", f"{ratio:.2f}")
+    return table
 
 
 def _percent(value: float | None) -> str:
