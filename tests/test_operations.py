@@ -257,6 +257,18 @@ def test_energy_is_operations_times_constants() -> None:
     assert any("once" in caveat for caveat in full.caveats)
 
 
+def test_memory_is_charged_for_every_operand() -> None:
+    operations = Operations(ROWS, 1, 2, "once")
+    less, more = (energy_of(operations, "45nm_int8", account) for account in ("conservative", "memory"))
+    # 8 bits at 20 pJ per 64; two operands of a multiply-accumulate, three of an accumulate, two of an update.
+    assert more.spiking - less.spiking == pytest.approx(2.5 * (2 * 100 + 3 * 300 + 2 * 40))
+    assert more.source - less.source == pytest.approx(2.5 * 2 * 1100)
+    assert more.parts["memory"] == pytest.approx(more.spiking - less.spiking)
+    assert any("32 KiB" in caveat for caveat in more.caveats)
+    assert any("memory traffic" in caveat for caveat in less.caveats)
+    assert energy_of(operations, "loihi", "memory").spiking == energy_of(operations, "loihi").spiking
+
+
 def test_a_chip_without_multipliers_leaves_the_first_layer_to_others() -> None:
     found = energy_of(Operations(ROWS, 1, 2, "every step"), "loihi")
     assert found.spiking == pytest.approx(100 * 4.6 + (300 + 40) * 23.6 + 40 * 81)
@@ -280,3 +292,42 @@ def test_every_device_has_a_source() -> None:
     for device in DEVICES.values():
         assert len(device.source) > 10
         assert device.mac is None or device.mac == pytest.approx(device.add + (device.multiply or 0))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_counts_are_those_of_neurobench(stride: int, padding: int) -> None:
+    """Yik et al. 2025, Effective_ACs, Effective_MACs and Dense, on what its counter covers: no pooling, no joins."""
+    layers = pytest.importorskip("neurobench.metrics.utils.layers", reason="needs neurobench: pip install 'quickspike[bench]'")
+    torch.manual_seed(1)
+    network = nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=stride, padding=padding),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, stride=stride, padding=padding, groups=2, bias=False),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.LazyLinear(12),
+        nn.ReLU(),
+        nn.Linear(12, 5),
+    )
+    images = torch.rand(6, 2, 11, 9, generator=torch.Generator().manual_seed(0))
+    network(images)
+    snn = qs.convert(network, images, steps=4)
+    seen: list[tuple[nn.Module, Tensor]] = []
+    spiking = [layer for layer in snn.network.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    hooks = [layer.register_forward_pre_hook(lambda layer, given: seen.append((layer, given[0]))) for layer in spiking]
+    simulate(snn, images)
+    for hook in hooks:
+        hook.remove()
+    counted = dict.fromkeys(("Effective_MACs", "Effective_ACs", "Dense"), 0.0)
+    for layer, values in seen:
+        # A spike of height theta is an accumulate with theta in the weights; NeuroBench takes ones for spikes.
+        spikes = values if values is seen[0][1] else (values != 0).float()
+        done, binary = layers.single_layer_MACs(spikes, layer)
+        counted["Effective_ACs" if binary else "Effective_MACs"] += done / len(images)
+        # The image is read once here; NeuroBench's Dense has every layer at every step.
+        often = snn.steps if values is seen[0][1] else 1
+        counted["Dense"] += often * layers.single_layer_MACs(spikes, layer, total=True)[0] / len(images)
+    metrics = count_operations(snn, images).metrics
+    assert counted["Effective_ACs"] > 0
+    assert {name: metrics[name] for name in counted} == pytest.approx(counted)

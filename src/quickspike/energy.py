@@ -1,8 +1,9 @@
 """Energy of a spiking network and of its source: counted operations times a device's constants, each with its source.
 
-Two accounts. `papers`: multiply-accumulates and accumulates alone, as the papers do. `conservative`: also biases, leaks,
-the update of every neuron at every step and the subtraction at every reset. Neither knows of memory traffic, routing of
-spikes, or idle power, which on most hardware is the larger part: compare accounts of one device, not watts.
+Three accounts. `papers`: multiply-accumulates and accumulates alone, as the papers do. `conservative`: also biases, leaks,
+the update of every neuron at every step and the subtraction at every reset. `memory`: also every operand's way from and to
+a small memory, none of them kept in a register but the sum of a multiply-accumulate. None knows of routing of spikes or
+idle power: compare accounts of one device, not watts.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any, Literal
 from quickspike.errors import OptionError, UnknownNameError
 from quickspike.operations import Operations
 
-Account = Literal["papers", "conservative"]
-ACCOUNTS: tuple[Account, ...] = ("papers", "conservative")
+Account = Literal["papers", "conservative", "memory"]
+ACCOUNTS: tuple[Account, ...] = ("papers", "conservative", "memory")
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,11 @@ class Device:
     """Where the figures are published."""
     update: float | None = None
     """Update of a neuron in a step, where the device has a figure of its own; None: an addition."""
+    access: float | None = None
+    """Reading or writing an operand; None: no figure, or the others are measured with memory."""
 
     def __post_init__(self) -> None:
-        for name in ("add", "multiply", "update"):
+        for name in ("add", "multiply", "update", "access"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise OptionError(f"device {self.name}: {name} must be a number of pJ >= 0, got {value!r}")
@@ -44,13 +47,15 @@ class Device:
 
 
 _HOROWITZ = "M. Horowitz, Computing's Energy Problem, ISSCC 2014, 45 nm"
+_CACHE = 20 / 64
+"""Of a bit from a cache of 32 KiB, in pJ (ibid.)."""
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        Device("45nm_fp32", add=0.9, multiply=3.7, source=f"{_HOROWITZ}; used by arXiv 2008.03658"),
-        Device("45nm_fp16", add=0.4, multiply=1.1, source=_HOROWITZ),
-        Device("45nm_int32", add=0.1, multiply=3.1, source=f"{_HOROWITZ}; used by arXiv 2112.12133"),
-        Device("45nm_int8", add=0.03, multiply=0.2, source=_HOROWITZ),
+        Device("45nm_fp32", add=0.9, multiply=3.7, access=32 * _CACHE, source=f"{_HOROWITZ}; used by arXiv 2008.03658"),
+        Device("45nm_fp16", add=0.4, multiply=1.1, access=16 * _CACHE, source=_HOROWITZ),
+        Device("45nm_int32", add=0.1, multiply=3.1, access=32 * _CACHE, source=f"{_HOROWITZ}; used by arXiv 2112.12133"),
+        Device("45nm_int8", add=0.03, multiply=0.2, access=8 * _CACHE, source=_HOROWITZ),
         Device("loihi", add=23.6, multiply=None, update=81.0, source="M. Davies et al., Loihi, IEEE Micro 38 (2018), table 2, 14 nm"),
         Device("truenorth", add=26.0, multiply=None, update=0.0, source="P. Merolla et al., Science 345 (2014), 28 nm, all included"),
     )
@@ -109,7 +114,7 @@ def energy_of(operations: Operations, device: str | Device = "45nm_fp32", accoun
         OptionError: no such account.
     """
     if account not in ACCOUNTS:
-        raise OptionError(f"account must be papers or conservative, got {account!r}")
+        raise OptionError(f"account must be {', '.join(ACCOUNTS[:-1])} or {ACCOUNTS[-1]}, got {account!r}")
     if isinstance(device, str):
         device = device_named(device)
     analog = device if device.multiply is not None else DEVICES["45nm_fp32"]
@@ -117,7 +122,7 @@ def energy_of(operations: Operations, device: str | Device = "45nm_fp32", accoun
     total = operations.total
     parts = {"multiply-accumulates": mac * total("multiplies"), "accumulates": device.add * total("accumulates")}
     source = mac * total("dense")
-    if account == "conservative":
+    if account != "papers":
         parts |= {
             "biases": device.add * total("biases"),
             "leaks": multiply * total("leaks") if device.update is None else 0.0,
@@ -125,11 +130,21 @@ def energy_of(operations: Operations, device: str | Device = "45nm_fp32", accoun
             "resets": device.add * total("spikes") if device.update is None else 0.0,
         }
         source += analog.add * total("source_biases")
+    if account == "memory" and device.access is not None:
+        # A multiply-accumulate reads weight and value; an accumulate reads weight and potential and writes it, an update the latter two.
+        words = 2 * total("multiplies") + 3 * total("accumulates") + 2 * total("updates")
+        parts["memory"] = device.access * words
+        source += device.access * 2 * total("dense")
     return Energy(device.name, account, sum(parts.values()), source, parts, _caveats(operations, device, account))
 
 
 def _caveats(operations: Operations, device: Device, account: Account) -> tuple[str, ...]:
-    found = ["memory traffic, routing of spikes and idle power are not counted", "average pooling is folded into the layer behind it"]
+    traffic = "" if account == "memory" or device.access is None else "memory traffic, "
+    found = [f"{traffic}routing of spikes and idle power are not counted", "average pooling is folded into the layer behind it"]
+    if account == "memory" and device.access is not None:
+        found.append("memory: every operand comes from a cache of 32 KiB, nothing is reused")
+    if device.access is None:
+        found.append(f"{device.name} has no figure of memory apart from the others: the account memory adds nothing")
     if operations.total("multiplies"):
         often = "once" if operations.first == "once" else f"at each of {operations.steps} steps"
         found.append(f"layers that read the image multiply, {often}")
