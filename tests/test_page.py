@@ -81,6 +81,7 @@ def test_it_says_what_was_measured(entries: list[Entry], tmp_path: Path) -> None
         assert f"{entry.report.reference_accuracy:.2f}" in text
         for site, rate in entry.report.rates.items():
             assert f"{site} {rate:.4f}" in text.replace("  ", " ")
+            assert f"{rate:.3f} spikes a step" in text
         assert entry.anatomy is not None
         for one in sorted((one for one in entry.anatomy.sites if one.advice), key=lambda one: -one.own)[:3]:
             assert one.advice in text

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from quickspike.evaluation import Report
 from quickspike.files import write_text
 from quickspike.neuron import Neuron, unfold
 from quickspike.operations import Operations, count_operations
+from quickspike.wiring import INPUT, OUTPUT, edges_of
 
 INK = "#010203"
 """Stands for the colour of the text while a picture is drawn: the page decides which that is."""
@@ -123,7 +125,7 @@ def write_page(path: str | Path, title: str, entries: Sequence[Entry], command: 
     for number, entry in enumerate(entries):
         if len(entries) > 1:
             body.append(f"<h2 class=network>{_text(entry.name)}</h2>")
-        body += [section(entry, f"n{number}") for section in (_errors, _neurons, _cost, _raster)]
+        body += [section(entry, f"n{number}") for section in (_network, _errors, _neurons, _cost, _raster)]
     body.append(_provenance(entries, command))
     write_text(Path(path), _PAGE.format(title=_text(title), style=_STYLE, body="\n".join(body)))
 
@@ -236,6 +238,44 @@ def _errors(entry: Entry, key: str) -> str:
         "<b>quantisation</b> is T + 1 levels, <b>unevenness</b> the order of spikes.</p>"
     )
     return _section("Where the error comes from", picture, note, f"<ul>{items}</ul>" if items else "<p>No site needs attention.</p>")
+
+
+def _network(entry: Entry, key: str) -> str:
+    """Sites from top to bottom; ways from one to the next are straight, others bow out to the left. Width is the rate."""
+    if entry.snn is None:
+        return ""
+    edges, rates = edges_of(entry.snn), entry.report.rates
+    shapes = {site.name: "x".join(map(str, site.shape)) for site in entry.snn.sites}
+    rows = {name: -number for number, name in enumerate((INPUT, *shapes, OUTPUT))}
+    most = max(rates.values(), default=0.0) or 1.0
+
+    def draw(axes: Any) -> None:
+        for edge in edges:
+            top, bottom = rows[edge.start], rows[edge.end]
+            skipped = top - bottom - 1
+            # The image is no spike: it has no rate.
+            rate = rates.get(edge.start)
+            style = {"color": INK, "linewidth": 0.8, "linestyle": ":"}
+            if rate is not None:
+                style = {"color": COLOURS[0], "linewidth": 0.5 + 5 * rate / most, "linestyle": "-"}
+            style |= {"alpha": 0.75, "solid_capstyle": "butt"}
+            height = [top + (bottom - top) * step / 40 for step in range(41)]
+            bow = [-0.5 * skipped**0.6 * math.sin(math.pi * step / 40) if skipped else 0.0 for step in range(41)]
+            axes.plot(bow, height, zorder=1, **style)
+            if not skipped:
+                said = ("real values" if rate is None else f"{rate:.3f} spikes a step") + "".join(f", {name}" for name in edge.layers)
+                axes.text(0.25, (top + bottom) / 2, said, va="center", fontsize=7, color=INK, alpha=0.8)
+        for name, row in rows.items():
+            site = name in shapes
+            axes.plot(0, row, marker="o" if site else "s", color=COLOURS[0] if site else INK, markersize=6, zorder=2)
+            axes.text(0.25, row, f"{name}  {shapes[name]}" if site else name, va="center", fontweight="bold")
+        axes.set_xlim(-2, 8)
+        axes.set_ylim(min(rows.values()) - 0.5, 0.5)
+        axes.axis("off")
+
+    picture = _drawing(7, 0.4 + 0.45 * len(rows), draw, f"{key}-network", "the network, its connections as wide as their rate of spikes")
+    note = f"<p class=note>Every dot is a layer of neurons. Lines are as wide as the spikes of a neuron in a step (at most {most:.3f}).</p>"
+    return _section("Network", picture, note)
 
 
 def _neurons(entry: Entry, key: str) -> str:
