@@ -167,6 +167,7 @@ OTHER = {
     ),
     "search": (
         *("MODEL", *DATA, "--methods NAME", "--max-drop LOSS", "--most-steps T", "--synchronous", "--energy DEVICE", "--weights FILE"),
+        *("--max-energy NJ", "--max-minutes N"),
         *("--calibration-images N", "--images N", "--out FILE", "--network FILE", "--device NAME", "--json"),
     ),
 }
@@ -330,6 +331,10 @@ def test_search(run: Any, model: Path, few: str, tmp_path: Path) -> None:
     report = json.loads(run("evaluate", network, "--data", few, "--device", "cpu", "--steps", steps, "--json").out)
     assert report["accuracy"] == again["test"]["accuracy"]
     failed(run(*arguments, "--device", "cpu", "--max-drop", -1), "max_drop")
+    bounded = json.loads(run(*arguments, "--max-drop", 90, "--energy", "45nm_fp32", "--max-energy", 0.001, "--device", "cpu", "--json").out)
+    assert (bounded["best"], bounded["max_energy"]) == (None, 1.0)
+    hasty = run(*arguments, "--max-minutes", 1e-9, "--device", "cpu")
+    assert "more time (--max-minutes): it was up before all was tried" in " ".join(hasty.out.split())
 
 
 def test_a_search_that_finds_nothing_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,6 +88,37 @@ def test_nothing_within_the_bound(digits_source: nn.Module, calibration: Tensor,
     assert len(found.trials) == 1
 
 
+def test_the_best_is_within_the_energy(digits_source: nn.Module, calibration: Tensor, digits: DataSet) -> None:
+    def run(max_energy: float | None) -> Found:
+        bounds = {"max_drop": 2.0, "most_steps": 8, "energy": "45nm_int8", "max_energy": max_energy}
+        return search(digits_source, calibration, held_out(digits), CANDIDATES, device="cpu", **bounds)
+
+    free = run(None)
+    assert free.best is not None
+    assert free.best.energy is not None
+    same = run(free.best.energy).best
+    assert same is not None
+    assert (same.candidate, same.steps) == (free.best.candidate, free.best.steps)
+    bound = run(free.best.energy * 0.999)
+    others = [one for one in free.trials if one.drop <= 2.0 and (one.energy or 0) < free.best.energy]
+    assert (bound.best is None) == (not others)
+    assert bound.best is None or (bound.best.energy or 0) < free.best.energy
+    assert run(0.0).best is None
+
+
+def test_when_the_time_is_up_nothing_new_begins(digits_source: nn.Module, calibration: Tensor, digits: DataSet, tmp_path: Path) -> None:
+    def run(max_seconds: float | None, file: Path | None = tmp_path / "search.json") -> Found:
+        bounds = {"max_drop": 2.0, "most_steps": 4, "max_seconds": max_seconds}
+        return search(digits_source, calibration, held_out(digits), CANDIDATES[:2], device="cpu", file=file, **bounds)
+
+    hasty = run(1e-9)
+    assert (hasty.best, hasty.trials, hasty.complete) == (None, (), False)
+    whole = run(None)
+    assert whole.complete
+    # What the file holds takes no time.
+    assert run(1e-9) == whole
+
+
 def test_it_goes_on_where_it_stopped(
     digits_source: nn.Module, calibration: Tensor, digits: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +167,9 @@ def test_it_goes_on_where_it_stopped(
         ({"max_drop": float("nan")}, "max_drop"),
         ({"most_steps": 0}, "most_steps"),
         ({"energy": "lohi"}, "did you mean 'loihi'"),
+        ({"max_energy": 5.0}, "max_energy must be >= 0 pJ, with energy=DEVICE"),
+        ({"max_energy": -1.0, "energy": "loihi"}, "max_energy"),
+        ({"max_seconds": 0.0}, "max_seconds"),
         ({"candidates": (Candidate("qcfs", {"level": 3}),)}, "level"),
     ],
 )

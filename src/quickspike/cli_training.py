@@ -386,6 +386,8 @@ def search(
     most_steps: Annotated[int, Help(metavar="T", help="largest number of steps to try [unit: steps; range: >= 1]")] = 64,
     synchronous: Annotated[bool, Help(help="try each method with layers that wait for whole windows, too")] = False,
     energy: Annotated[str | None, Help(metavar="DEVICE", help="weigh energy too, on this device: see `evaluate --energy`")] = None,
+    max_energy: Annotated[float | None, Help(metavar="NJ", help="energy that an image may take there [unit: nJ; range: >= 0]")] = None,
+    max_minutes: Annotated[float | None, Help(metavar="N", help="begin no new trial after so long [unit: minutes; range: > 0]")] = None,
     weights: Weights = None,
     calibration_images: Annotated[
         int, Help(metavar="N", help="first N training images, without labels [unit: images; range: >= 1]")
@@ -432,6 +434,8 @@ def search(
         max_drop=max_drop,
         most_steps=most_steps,
         energy=energy,
+        max_energy=None if max_energy is None else 1e3 * max_energy,
+        max_seconds=None if max_minutes is None else 60 * max_minutes,
         device=device,
         file=out,
         progress=progress,

@@ -225,11 +225,13 @@ def search_tables(found: Found, report: Report | None) -> RenderableType:
         cells = (str(trial.steps), str(trial.latency), f"{trial.accuracy:.2f}", f"{trial.drop:+.2f}", *energy)
         table.add_row(trial.candidate, *cells, style="bold" if trial == found.best else "")
     if found.best is None or report is None:
-        text = f"Nothing loses at most {found.max_drop:g} points; allow more steps (--most-steps), or train (train, tune)."
-        return Group(table, Text(text))
+        bound = "" if found.max_energy is None else f" within {found.max_energy / 1e3:,.1f} nJ"
+        way_out = "or train (train, tune)" if found.complete else "or more time (--max-minutes): it was up before all was tried"
+        return Group(table, Text(f"Nothing loses at most {found.max_drop:g} points{bound}; allow more steps (--most-steps), {way_out}."))
     (steps,) = report.steps
     least = f"{found.best.candidate} with T = {steps}: {report.accuracy[steps]:.2f} % on {report.samples} test images"
-    return Group(table, Text(f"{least}, the source network {_percent(report.reference_accuracy)} %."))
+    untried = "" if found.complete else " The time was up before all was tried."
+    return Group(table, Text(f"{least}, the source network {_percent(report.reference_accuracy)} %.{untried}"))
 
 
 def recipe_tables(result: Mapping[str, Any]) -> RenderableType:

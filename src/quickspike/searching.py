@@ -61,13 +61,17 @@ class Found:
     """Outcome of a search."""
 
     best: Trial | None
-    """Least latency, then least energy, then highest accuracy within the allowed drop; None if nothing is within."""
+    """Least latency, then least energy, then highest accuracy within the bounds; None if nothing is within."""
     front: tuple[Trial, ...]
     """Trials that no other one beats in latency, accuracy and energy together, by latency."""
     trials: tuple[Trial, ...]
     reference: float
     """Accuracy of the source network in percent."""
     max_drop: float
+    max_energy: float | None = None
+    """Of an image, in pJ."""
+    complete: bool = True
+    """False: the time was up before all candidates were tried."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -83,6 +87,8 @@ def search(
     max_drop: float = 1.0,
     most_steps: int = 64,
     energy: str | None = None,
+    max_energy: float | None = None,
+    max_seconds: float | None = None,
     device: str = "auto",
     file: str | Path | None = None,
     progress: Callable[[Trial], object] | None = None,
@@ -97,6 +103,8 @@ def search(
         max_drop: percentage points of accuracy that may be lost.
         most_steps: the largest T that is tried.
         energy: a device of `quickspike.energy`, if energy counts.
+        max_energy: what an image may take on that device, in pJ.
+        max_seconds: after so long no new trial begins; those that `file` holds cost no time.
         device: see `quickspike.evaluation.make_fabric`.
         file: trials go there as they are made, and are not made again by a search that finds them there.
         progress: called with every trial.
@@ -108,41 +116,58 @@ def search(
         OutputError: `file` cannot be written.
     """
     chosen = [Candidate(one) if isinstance(one, str) else one for one in candidates]
-    _check(chosen, max_drop, most_steps)
+    _check(chosen, max_drop, most_steps, max_seconds)
     if energy is not None:
         device_named(energy)
+    if max_energy is not None and (energy is None or not (math.isfinite(max_energy) and max_energy >= 0)):
+        raise OptionError(f"search: max_energy must be >= 0 pJ, with energy=DEVICE to count on, got {max_energy!r} with {energy!r}")
     fabric = make_fabric(device)
     reference = accuracy_of(model, data, fabric)
-    made = _Trials(model, calibration, data, reference, energy, device, None if file is None else Path(file), progress)
-    latency = math.inf
-    for candidate in chosen:
+    limit = None if max_seconds is None else time.perf_counter() + max_seconds
+    made = _Trials(model, calibration, data, reference, energy, device, None if file is None else Path(file), progress, limit)
 
-        def enough(steps: int, candidate: Candidate = candidate) -> bool:
-            return made.trial(candidate, steps).drop <= max_drop
+    def within(trial: Trial) -> bool:
+        return trial.drop <= max_drop and (max_energy is None or (trial.energy or 0.0) <= max_energy)
 
-        most = most_steps
-        if math.isfinite(latency):
-            # More steps than these would be no gain; a candidate that fails even there is left at that. With one step
-            # nothing waits, so two show how many steps of latency one step costs.
-            two = made.trial(candidate, min(2, most))
-            most = max(1, min(most, int(latency // (two.latency / two.steps))))
-            if not enough(most):
-                continue
-        least = _least(enough, most)
-        if least is not None:
-            latency = min(latency, made.trial(candidate, least).latency)
+    latency, complete = math.inf, True
+    try:
+        for candidate in chosen:
+
+            def enough(steps: int, candidate: Candidate = candidate) -> bool:
+                return made.trial(candidate, steps).drop <= max_drop
+
+            most = most_steps
+            if math.isfinite(latency):
+                # More steps than these would be no gain; a candidate that fails even there is left at that. With one step
+                # nothing waits, so two show how many steps of latency one step costs.
+                two = made.trial(candidate, min(2, most))
+                most = max(1, min(most, int(latency // (two.latency / two.steps))))
+                if not enough(most):
+                    continue
+            least = _least(enough, most)
+            # Energy grows with T: what takes too much with the least T takes too much with any.
+            if least is not None and within(made.trial(candidate, least)):
+                latency = min(latency, made.trial(candidate, least).latency)
+    except _TimeIsUp:
+        complete = False
     trials = tuple(made.trials)
-    within = [trial for trial in trials if trial.drop <= max_drop]
-    return Found(min(within, key=_order, default=None), front(trials), trials, reference, max_drop)
+    best = min(filter(within, trials), key=_order, default=None)
+    return Found(best, front(trials), trials, reference, max_drop, max_energy, complete)
 
 
-def _check(candidates: Sequence[Candidate], max_drop: float, most_steps: int) -> None:
+class _TimeIsUp(Exception):
+    """Ends the search; no error."""
+
+
+def _check(candidates: Sequence[Candidate], max_drop: float, most_steps: int, max_seconds: float | None) -> None:
     if not candidates:
         raise OptionError("search: no candidates; name at least one method")
     if not (math.isfinite(max_drop) and max_drop >= 0):
         raise OptionError(f"search: max_drop must be >= 0 percentage points, got {max_drop!r}")
     if not isinstance(most_steps, int) or most_steps < 1:
         raise OptionError(f"search: most_steps must be a whole number >= 1, got {most_steps!r}")
+    if max_seconds is not None and not max_seconds > 0:
+        raise OptionError(f"search: max_seconds must be > 0, got {max_seconds!r}")
     for candidate in candidates:
         get(candidate.method)
         create(candidate.method, steps=1, **candidate.options)
@@ -192,7 +217,9 @@ class _Trials:
         device: str,
         file: Path | None,
         progress: Callable[[Trial], object] | None,
+        limit: float | None,
     ) -> None:
+        self.limit = limit
         self.model, self.calibration, self.data, self.reference = model, calibration, data, reference
         self.energy, self.device, self.file, self.progress = energy, device, file, progress
         self.about = {} if file is None else self._about()
@@ -202,9 +229,15 @@ class _Trials:
             self._read(file)
 
     def trial(self, candidate: Candidate, steps: int) -> Trial:
-        """Convert and measure, or remember."""
+        """Convert and measure, or remember.
+
+        Raises:
+            _TimeIsUp: it would have to be made, and the time is up.
+        """
         key = str(candidate), steps
         if key not in self.known:
+            if self.limit is not None and time.perf_counter() >= self.limit:
+                raise _TimeIsUp
             self.known[key] = self._made(candidate, steps)
             self._write()
         found = self.known[key]
