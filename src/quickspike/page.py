@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from quickspike.anatomy import PARTS, Anatomy, anatomy_of
+from quickspike.claims import claim_of, filled_in
 from quickspike.conversion import SpikingNetwork
 from quickspike.data import DataSet
 from quickspike.energy import ACCOUNTS, Energy, energy_of
@@ -263,7 +264,9 @@ def _network(entry: Entry, key: str) -> str:
             bow = [-0.5 * skipped**0.6 * math.sin(math.pi * step / 40) if skipped else 0.0 for step in range(41)]
             axes.plot(bow, height, zorder=1, **style)
             if not skipped:
-                said = ("real values" if rate is None else f"{rate:.3f} spikes a step") + "".join(f", {name}" for name in edge.layers)
+                said = ("real values" if rate is None else f"{rate:.3f} spikes a step") + (
+                    f" through {', '.join(edge.layers)}" if edge.layers else ""
+                )
                 axes.text(0.25, (top + bottom) / 2, said, va="center", fontsize=7, color=INK, alpha=0.8)
         for name, row in rows.items():
             site = name in shapes
@@ -328,7 +331,11 @@ def _cost(entry: Entry, key: str) -> str:
             _energy_picture(entry.energies, key),
             _table(["device", "account", "source nJ", "spiking nJ", "source / spiking"], priced),
         ]
-        parts.append(f"<ul class=note>{items}</ul>")
+        papers = [
+            (claim_of(method).source, claim_of(method).formula, f"{claim_of(method).published:g}", f"{ratio:.2f}")
+            for method, ratio in filled_in(operations).items()
+        ]
+        parts += [f"<ul class=note>{items}</ul>", _table(["as papers count it", "formula", "published", "here"], papers)]
     return _section("What it costs", *parts)
 
 
