@@ -389,4 +389,4 @@ class _Seed:
         return tuned
 
     def _measured(self, snn: SpikingNetwork) -> dict[str, Any]:
-        return evaluate(snn, self.data.loader("test"), None, self.recipe.steps, fabric=self.fabric, engine="auto").to_json()
+        return evaluate(snn, self.data.loader("test"), None, self.recipe.steps, fabric=self.fabric).to_json()

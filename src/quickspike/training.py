@@ -74,7 +74,7 @@ class Training:
     label_smoothing: float = option(0.0, "share of the target that is spread over all classes", low=0, high=0.999)
     distill: float = option(
         0.0,
-        "share of the loss that is the distance to the answers of a teacher, by default the source network, instead of to the labels",
+        "share of the loss that is the distance to a teacher's answers instead of to the labels; a method's own losses stay as they are",
         low=0,
         high=1,
     )
