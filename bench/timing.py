@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from quickspike.memory import keep_freed_memory
 from quickspike.provenance import commit, machine, versions
 
 Times = dict[str, float]
@@ -23,7 +24,9 @@ def interleaved(timed: Mapping[str, Callable[[], object]], repetitions: int) -> 
     """Median, least and largest time of each in units of the first one's median, and the first call's.
 
     All take turns, so that a slower minute of the machine hits them alike. The first call is apart: it compiles.
+    Freed memory is kept for all of them alike, since one of ours would do it for whatever comes after it.
     """
+    keep_freed_memory()
     first, times = {}, {name: list[float]() for name in timed}
     for repetition in range(repetitions + 1):
         for name, run in timed.items():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +13,7 @@ from torch import Tensor, nn
 
 import quickspike as qs
 from quickspike.errors import OptionError
-from quickspike.memory import Parts, in_bytes, parts
+from quickspike.memory import Parts, in_bytes, keep_freed_memory, parts
 from quickspike.simulation import simulate
 from random_networks import NETWORKS, draw
 
@@ -102,3 +106,46 @@ def test_the_demand_is_measured_once(chain: tuple[qs.SpikingNetwork, Tensor]) ->
         simulate(snn, images, memory="1GB")
     assert seen == [1, len(images), len(images)]
     assert parts(snn.with_steps(6), images, 10**6) != parts(snn, images, 10**6)
+
+
+# Memory that is used again
+
+FAULTS = """
+import resource
+import sys
+
+import torch
+
+from quickspike.memory import keep_freed_memory
+
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+    assert keep_freed_memory()
+for _ in range(10):
+    torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_used_again() -> None:
+    """64 MiB five times: new pages each time, unless they are kept."""
+    faults = {}
+    for how in ("kept", "given back"):
+        run = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
+        faults[how] = int(run.stdout)
+    assert faults["kept"] < 100
+    # Pages may be large ones, of 2 MiB.
+    assert faults["given back"] >= 5 * 32
+
+
+def test_without_glibc_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
+    keep_freed_memory.cache_clear()
+    try:
+        assert not keep_freed_memory()
+    finally:
+        keep_freed_memory.cache_clear()

@@ -18,6 +18,7 @@ from quickspike.capture import check_batch, copy_of
 from quickspike.conversion import SpikingNetwork
 from quickspike.data import Batches, labelled_batches
 from quickspike.errors import DataError, OptionError
+from quickspike.memory import keep_freed_memory
 from quickspike.provenance import machine, versions
 from quickspike.simulation import simulate
 
@@ -121,6 +122,8 @@ def evaluate(
     # Processes that are given may train in mixed precision; figures are those of the weights as they are.
     lower = contextlib.nullcontext() if fabric is not None else None
     fabric = fabric or make_fabric(device, precision)
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
     runs = [(step,) for step in chosen] if snn.synchronous else [chosen]
     networks = [(snn.with_steps(steps[-1]), steps) for steps in runs]
     for network, _ in networks:

@@ -25,6 +25,7 @@ from quickspike.capture import copy_of
 from quickspike.data import DataSet
 from quickspike.errors import CheckpointError, DataError, OptionError, QuickspikeError
 from quickspike.files import whole_file
+from quickspike.memory import keep_freed_memory
 from quickspike.metrics import Metrics
 from quickspike.options import option, validate
 from quickspike.provenance import digest
@@ -245,6 +246,8 @@ class Trainer:
         **changes: Any,
     ) -> History:
         settings = dataclasses.replace(self.settings, **changes)
+        if self.fabric.device.type == "cpu":
+            keep_freed_memory()
         batches = self._batches(settings)
         with _own_randomness(self.fabric.device):
             run = _Stage(self, settings, batches, module, stage, loss, groups, after_step, mode)
