@@ -179,3 +179,51 @@ def test_an_exported_network_calls_the_operator() -> None:
             program = torch.export.export(snn, (images,), strict=True)
             assert "quickspike.fire" in str(program.graph)
             torch.testing.assert_close(program.module()(images), snn(images))
+
+
+# Counts without steps
+
+
+def beside(x: Tensor, ulps: int) -> Tensor:
+    """The numbers that many places above (or below)."""
+    for _ in range(abs(ulps)):
+        x = torch.nextafter(x, torch.full_like(x, float("inf") if ulps > 0 else float("-inf")))
+    return x
+
+
+def near_the_levels(theta: Tensor, initial: Tensor, steps: int) -> Tensor:
+    """Currents `[B, C]` whose potential ends at or next to a multiple of theta, and others, some of them extreme."""
+    levels = torch.arange(-2, steps + 3, dtype=torch.float64)[:, None]
+    exact = ((levels * theta.double() - initial.double()) / steps).float()
+    rest = torch.rand(64, theta.numel(), generator=torch.Generator().manual_seed(steps)) * 3 * theta - theta
+    extreme = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30, float("inf"), float("-inf"), float("nan")])[:, None]
+    parts = [beside(exact, ulps) for ulps in (-3, -1, 0, 1, 3)] + [rest, extreme.expand(-1, theta.numel())]
+    parts += [beside(theta.expand(1, -1), ulps) for ulps in (-2, -1, 0, 1, 2)]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("start", [0.0, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 8, 64, 255])
+def test_counts_are_those_of_the_steps(steps: int, start: float, strict: bool) -> None:
+    theta = torch.rand(37, generator=torch.Generator().manual_seed(1)) * 5 + 0.01
+    initial = theta * start
+    currents = near_the_levels(theta, initial, steps)
+    rule = _Rule(steps, True, strict, Surrogate())
+    out, _ = _Scan.apply(currents, initial, theta, torch.ones(37), torch.ones(37), rule)
+    expected = out.unflatten(0, (steps, -1)).ne(0).sum(0).to(torch.int32)
+    assert torch.equal(kernels.count(currents, initial, theta, torch.ones(37), rule, 1, torch.int32), expected)
+    assert len(expected.unique()) == steps + 1
+
+
+def test_counts_need_no_steps_where_nothing_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The direct way is taken: with levels that fit no step, the steps would give other counts."""
+    theta, initial = torch.tensor(1.0), torch.tensor(0.5)
+    currents = (torch.arange(8 * 512) % 8).float().reshape(8, 512) / 8
+    rule = _Rule(8, True, False, Surrogate())
+    expected = kernels.count(currents, initial, theta, torch.tensor(1.0), rule, 1, torch.int32)
+    assert torch.equal(expected, (8 * currents).to(torch.int32))
+    monkeypatch.setattr(kernels, "_firing_level", lambda theta, strict: torch.full_like(theta, 1e9))
+    assert torch.equal(kernels.count(currents, initial, theta, torch.tensor(1.0), rule, 1, torch.int32), expected)
+    leaking = kernels.count(currents, initial, theta, torch.tensor(0.9), rule, 1, torch.int32)
+    assert not bool(leaking.any())

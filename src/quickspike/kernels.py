@@ -209,6 +209,7 @@ def count(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, rule: Any, di
         rule.steps,
         np.float32(divisor),
         current.dtype == torch.bfloat16,
+        bool((leak == 1).all() and (v >= 0).all() and (v < theta).all()),
     )
     return out
 
