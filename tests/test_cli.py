@@ -306,8 +306,10 @@ def test_evaluate_shows_what_it_costs(network: Path, run: Any) -> None:
     assert "energy per image" in shown.out
     found = json.loads(run(*arguments, "--json").out)
     assert found["operations"]["images"] == 30
+    assert found["as_papers_count"].keys() == {"diet_snn", "ultra_low_latency"}
+    assert f"{found['as_papers_count']['diet_snn']:.2f}" in shown.out
     assert [(one["device"], one["account"]) for one in found["energy"]] == [
-        (device, account) for device in ("45nm_fp32", "loihi") for account in ("papers", "conservative")
+        (device, account) for device in ("45nm_fp32", "loihi") for account in ("papers", "conservative", "memory")
     ]
     papers = found["energy"][0]
     metrics = found["operations"]["metrics"]
