@@ -152,7 +152,10 @@ def tune(snn: SpikingNetwork, trainer: Trainer, tuning: Tuning | None = None, te
 
 def _taught(trainer: Trainer, teacher: nn.Module) -> Trainer:
     """The same trainer, with this teacher unless it has one."""
-    return trainer if trainer.teacher is not None else dataclasses.replace(trainer, teacher=teacher)
+    # Whoever trains by other means than ours has a teacher of his own, or none.
+    if not isinstance(trainer, Trainer) or trainer.teacher is not None:
+        return trainer
+    return dataclasses.replace(trainer, teacher=teacher)
 
 
 def _about(train: Train, *settings: Method | Tuning) -> Train:
