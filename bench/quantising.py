@@ -9,31 +9,20 @@ that on the test images, in percent.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
-from timing import save
+from timing import network_and_data, save
 
 import quickspike as qs
-from quickspike.data import Statistics, load_data
-from quickspike.models import load_model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="as on the command line of quickspike")
-    parser.add_argument("weights", type=Path)
-    parser.add_argument("data", help="as on the command line of quickspike")
-    parser.add_argument("--mean", type=float, nargs="+", required=True)
-    parser.add_argument("--std", type=float, nargs="+", required=True)
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 4])
     parser.add_argument("--scale", type=float, default=1.0, help="of the thresholds from T = 8 on (threshold_balancing)")
     parser.add_argument("--images", type=int, help="first N test images [default: all]")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    model = load_model(options.model, options.weights)
-    data = load_data(options.data, statistics=Statistics(tuple(options.mean), tuple(options.std)))
+    options, model, data = network_and_data(parser)
     calibration = torch.cat([images for images, _ in data.loader("train", limit=1000)])
     rows = []
     print(f"{'T':>3}  {'float':>6}  " + "  ".join(f"{bits} bits" for bits in options.bits))
@@ -49,7 +38,6 @@ def main() -> None:
         row = {"steps": steps, "scale": scale, "float": accuracy(None), **{f"{bits} bits": accuracy(bits) for bits in options.bits}}
         rows.append(row)
         print(f"{steps:>3}  {row['float']:6.2f}  " + "  ".join(f"{row[f'{bits} bits']:6.2f}" for bits in options.bits), flush=True)
-    options.model, options.weights, options.data = options.model.rpartition(":")[2], options.weights.name, Path(options.data).name
     save(options.out, rows, options)
 
 

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 import torch
-from timing import save
+from timing import network_and_data, save
 
 import quickspike as qs
-from quickspike.data import Statistics, load_data
 from quickspike.evaluation import accuracy_of, make_fabric
-from quickspike.models import load_model
 from quickspike.searching import Candidate, search
 
 CANDIDATES = (Candidate("threshold_balancing"), Candidate("threshold_balancing", {"scale": 0.85}), Candidate("potential_init"))
@@ -26,18 +23,10 @@ CANDIDATES = (Candidate("threshold_balancing"), Candidate("threshold_balancing",
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="as on the command line of quickspike")
-    parser.add_argument("weights", type=Path)
-    parser.add_argument("data", help="as on the command line of quickspike")
-    parser.add_argument("--mean", type=float, nargs="+", required=True)
-    parser.add_argument("--std", type=float, nargs="+", required=True)
     parser.add_argument("--max-drop", type=float, default=2.0)
     parser.add_argument("--most-steps", type=int, default=32)
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    model = load_model(options.model, options.weights)
-    data = load_data(options.data, statistics=Statistics(tuple(options.mean), tuple(options.std)))
+    options, model, data = network_and_data(parser)
     calibration = torch.cat([images for images, _ in data.loader("train", limit=1000)])
     held_out = list(data.loader("train", limit=options.images, last=True))
 
@@ -63,8 +52,6 @@ def main() -> None:
     reached = [steps for steps in least.values() if steps is not None]
     same = (None if best is None else best[1]) == min(reached, default=None)
     rows = {"search": found.to_json(), "everything": least, "ratio": round(searched / everything, 3), "same_least_T": same}
-    # The command names files of whoever runs it.
-    options.model, options.weights, options.data = options.model.rpartition(":")[2], options.weights.name, Path(options.data).name
     save(options.out, rows, options)
     if not same:
         raise SystemExit("the search did not find the least T")

@@ -1,4 +1,4 @@
-"""What all benchmarks share: interleaved timing in one process, peak memory in a process of its own, and the JSON file."""
+"""What benchmarks share: interleaved timing in one process, peak memory in a process of its own, their input, the JSON file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from quickspike.data import DataSet, Statistics, load_data
 from quickspike.memory import keep_freed_memory
+from quickspike.models import load_model
 from quickspike.provenance import commit, machine, versions
 
 Times = dict[str, float]
@@ -79,6 +83,22 @@ def _measure(sender: Any, prepare: Callable[..., Callable[[], object]], argument
 def _largest() -> int:
     # Kilobytes, but bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def network_and_data(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, nn.Module, DataSet]:
+    """(options, network, data) from the command line, once the options that a benchmark adds to these are in `parser`."""
+    parser.add_argument("model", help="as on the command line of quickspike")
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("data", help="as on the command line of quickspike")
+    parser.add_argument("--mean", type=float, nargs="+", required=True)
+    parser.add_argument("--std", type=float, nargs="+", required=True)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    model = load_model(options.model, options.weights)
+    data = load_data(options.data, statistics=Statistics(tuple(options.mean), tuple(options.std)))
+    # What is saved names no file of whoever runs it.
+    options.model, options.weights, options.data = options.model.rpartition(":")[2], options.weights.name, Path(options.data).name
+    return options, model, data
 
 
 def save(out: Path | None, rows: object, options: argparse.Namespace, **more: object) -> None:

@@ -159,6 +159,37 @@ def test_a_teacher_of_other_classes_is_refused(trainer: Callable[..., Trainer]) 
         train(net(0), made)
 
 
+class Answering(nn.Module):
+    def __init__(self, answer: object) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("teacher", "text"),
+    [
+        (Answering(torch.full((100, 10), torch.nan)), "NaN or infinity"),
+        (Answering({"logits": torch.zeros(100, 10)}), r"finite logits \[B, K\], got dict"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(3, 10)), r"the teacher cannot take images \[100, 1, 8, 8\]"),
+    ],
+)
+def test_answers_that_cannot_be_learned_are_refused(teacher: nn.Module, text: str, trainer: Callable[..., Trainer]) -> None:
+    with pytest.raises(DataError, match=text):
+        train(net(0), dataclasses.replace(trainer(distill=0.5), teacher=teacher))
+
+
+def test_the_teacher_that_is_named_goes_before_the_trainers(trainer: Callable[..., Trainer], digits: DataSet) -> None:
+    snn = qs.convert(net(0), digits.loader("train", limit=50), steps=2)
+    made = trainer(distill=1.0, learning_rate=0.001)
+    named = tune(snn, dataclasses.replace(made, teacher=net(2)), teacher=net(1))
+    assert same(named, tune(snn, made, teacher=net(1)))
+    assert same(named, tune(snn, dataclasses.replace(made, teacher=net(1))))
+    assert not same(named, tune(snn, made, teacher=net(2)))
+
+
 def test_a_checkpoint_knows_its_teacher(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
     first = dataclasses.replace(trainer(distill=0.5, folder=tmp_path), teacher=net(1))
     trained, _ = train(net(0), first)

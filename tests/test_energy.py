@@ -12,7 +12,7 @@ from torch import Tensor
 import quickspike as qs
 from quickspike.claims import CLAIMS, E_AC, E_MAC, claim_of, energy_ratio, filled_in, mean_spikes, relative_spikes
 from quickspike.energy import energy_of
-from quickspike.errors import UnknownNameError
+from quickspike.errors import OptionError, UnknownNameError
 from quickspike.operations import Counts, Operations, count_operations
 
 
@@ -207,5 +207,7 @@ def test_published_figures_come_out_of_their_formulas() -> None:
     for claim in CLAIMS.values():
         assert claim.source.startswith("arXiv ")
         assert claim.caveat
+    with pytest.raises(OptionError, match="has to spike"):
+        relative_spikes(5, 0)
     with pytest.raises(UnknownNameError, match="diet_snn"):
         claim_of("diet_sn")

@@ -44,6 +44,26 @@ def test_shortcuts_branches_and_pools() -> None:
     }
 
 
+def test_sites_may_be_called_like_the_ends() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+            self.input, self.output = nn.ReLU(), nn.ReLU()
+                nn.Linear(4, 4),
+                nn.ReLU(),
+                nn.Linear(4, 4),
+                nn.ReLU(),
+                nn.Linear(4, 2),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.third(self.output(self.second(self.input(self.first(x)))))
+
+    snn = qs.convert(Named(), torch.rand(8, 4), steps=2)
+    assert edges_of(snn) == (Edge(INPUT, "input", ("first",)), Edge("input", "output", ("second",)), Edge("output", OUTPUT, ("third",)))
+
+
 def test_a_way_around_a_site() -> None:
     class Around(nn.Module):
         def __init__(self) -> None:

@@ -127,7 +127,8 @@ def tune(snn: SpikingNetwork, trainer: Trainer, tuning: Tuning | None = None, te
         snn: where the training starts; not modified.
         trainer: data, settings and devices.
         tuning: what is learned; weights, thresholds and leaks by default.
-        teacher: whose answers are learned if the settings distill, as a rule the source network; not modified.
+        teacher: whose answers are learned if the settings distill, as a rule the source network; not modified. None: the
+            trainer's.
 
     Returns:
         A trained copy in evaluation mode, on the trainer's device.
@@ -142,7 +143,7 @@ def tune(snn: SpikingNetwork, trainer: Trainer, tuning: Tuning | None = None, te
         )
     _not_whitened(trainer)
     if teacher is not None:
-        trainer = _taught(trainer, teacher)
+        trainer = dataclasses.replace(trainer, teacher=teacher)
     tuned = copy.deepcopy(snn)
     trainer.fabric.to_device(tuned)
     method = Method.from_json(snn.method)

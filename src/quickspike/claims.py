@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from quickspike.errors import UnknownNameError
+from quickspike.errors import OptionError, UnknownNameError
 from quickspike.operations import Operations
 
 E_MAC = 4.6
@@ -57,7 +57,12 @@ def relative_spikes(spikes: float, reference: float) -> float:
     Args:
         spikes: of all neurons, per image.
         reference: those of the other network.
+
+    Raises:
+        OptionError: the other one does not spike.
     """
+    if not reference > 0:
+        raise OptionError(f"relative_spikes: the network that is compared with has to spike, got {reference!r} spikes")
     return spikes / reference
 
 
@@ -118,7 +123,7 @@ CLAIMS: dict[str, Claim] = {
             "rate_norm",
             0.265,
             "against thresholds at the largest activation, both until 90 %",
-            "arXiv 2105.11654",
+            "arXiv 2105.11654, as others cite it",
             "spikes of the network / spikes of the one it is held against, until the same accuracy",
             None,
             "a spike costs the same whether it drives nine neurons or thousands; see relative_spikes",

@@ -121,9 +121,8 @@ def search(
         device_named(energy)
     if max_energy is not None and (energy is None or not (math.isfinite(max_energy) and max_energy >= 0)):
         raise OptionError(f"search: max_energy must be >= 0 pJ, with energy=DEVICE to count on, got {max_energy!r} with {energy!r}")
-    fabric = make_fabric(device)
-    reference = accuracy_of(model, data, fabric)
     limit = None if max_seconds is None else time.perf_counter() + max_seconds
+    reference = accuracy_of(model, data, make_fabric(device))
     made = _Trials(model, calibration, data, reference, energy, device, None if file is None else Path(file), progress, limit)
 
     def within(trial: Trial) -> bool:

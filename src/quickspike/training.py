@@ -336,8 +336,17 @@ def _answers_of(trainer: Trainer, settings: Training) -> Callable[[Tensor], Tens
         teacher.to(memory_format=torch.channels_last)
 
     def answers(images: Tensor) -> Tensor:
-        with torch.no_grad(), trainer.fabric.autocast():
-            logits: Tensor = teacher(images)
+        try:
+            with torch.no_grad(), trainer.fabric.autocast():
+                logits = teacher(images)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(f"the teacher cannot take images {list(images.shape)}: {reason}") from error
+        if not isinstance(logits, Tensor) or not bool(torch.isfinite(logits).all()):
+            found = "NaN or infinity among them" if isinstance(logits, Tensor) else type(logits).__name__
+            raise DataError(f"the teacher has to answer with finite logits [B, K], got {found}")
         return logits.float()
 
     return answers

@@ -10,7 +10,8 @@ from torch import fx
 from quickspike.conversion import SpikingNetwork
 from quickspike.neuron import Neuron
 
-INPUT, OUTPUT = "input", "output"
+INPUT, OUTPUT = "network input", "network output"
+"""No site is called so: names of modules hold no spaces."""
 
 
 @dataclass(frozen=True)
