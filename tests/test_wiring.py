@@ -50,12 +50,6 @@ def test_sites_may_be_called_like_the_ends() -> None:
             super().__init__()
             self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
             self.input, self.output = nn.ReLU(), nn.ReLU()
-                nn.Linear(4, 4),
-                nn.ReLU(),
-                nn.Linear(4, 4),
-                nn.ReLU(),
-                nn.Linear(4, 2),
-            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.third(self.output(self.second(self.input(self.first(x)))))
