@@ -21,7 +21,7 @@ import quickspike as qs
 from quickspike.augmentation import Augmentation
 from quickspike.cli import main
 from quickspike.console import show
-from quickspike.data import DataSet
+from quickspike.data import DataSet, load_data
 from quickspike.method import all_methods
 from quickspike.models import load_model
 from quickspike.options import options_of
@@ -167,7 +167,7 @@ OTHER = {
     ),
     "search": (
         *("MODEL", *DATA, "--methods NAME", "--max-drop LOSS", "--most-steps T", "--synchronous", "--energy DEVICE", "--weights FILE"),
-        *("--max-energy NJ", "--max-minutes N"),
+        *("--max-energy NJ", "--max-minutes N", "--tune-epochs N", "--precision NAME"),
         *("--calibration-images N", "--images N", "--out FILE", "--network FILE", "--device NAME", "--json"),
     ),
 }
@@ -337,11 +337,23 @@ def test_search(run: Any, model: Path, few: str, tmp_path: Path) -> None:
     assert "more time (--max-minutes): it was up before all was tried" in " ".join(hasty.out.split())
 
 
+def test_a_search_that_fine_tunes(run: Any, model: Path, few: str, tmp_path: Path) -> None:
+    out = tmp_path / "trials.json"
+    arguments = ("search", f"{model}:net", "--data", few, "--methods", "threshold_balancing", "--device", "cpu", "--out", out)
+    options = ("--calibration-images", 50, "--most-steps", 1, "--max-drop", 100, "--tune-epochs")
+    found = json.loads(run(*arguments, *options, 1, "--images", 60, "--json").out)
+    assert [one["candidate"] for one in found["trials"]] == ["threshold_balancing", "threshold_balancing tuned for 1 epoch"]
+    assert len(list(out.with_suffix("").glob("*/network.safetensors"))) == 1
+    size = load_data(few).size("train")
+    failed(run(*arguments, *options, 1, "--images", size), f"{size} of {size} training images held out leave none to train on")
+    failed(run(*arguments, *options, -1, "--images", 60), "epochs must be a whole number >= 0")
+
+
 def test_a_search_that_finds_nothing_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     show(search_tables(Found(None, (Trial("qcfs", 4, 4, 50.0, 40.0, None, 1.0),), (), 90.0, 0.5), None))
     shown = " ".join(capsys.readouterr().out.split())
     assert "qcfs" in shown
-    assert "Nothing loses at most 0.5 points; allow more steps (--most-steps), or train (train, tune)." in shown
+    assert "Nothing loses at most 0.5 points; allow more steps (--most-steps), fine-tune (--tune-epochs), or train (train)." in shown
 
 
 def test_compare(run: Any, model: Path, few: str, tmp_path: Path) -> None:

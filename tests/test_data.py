@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import pickle
 import urllib.error
@@ -17,7 +18,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import quickspike as qs
-from quickspike.data import BATCH, NPZ_KEYS, STATISTICS, Images, ImageStream, Statistics, image_batches, labelled_batches, load_data
+from quickspike.data import (
+    BATCH,
+    NPZ_KEYS,
+    STATISTICS,
+    DataSet,
+    Images,
+    ImageStream,
+    Statistics,
+    image_batches,
+    labelled_batches,
+    load_data,
+)
 from quickspike.errors import DataError, QuickspikeError, UnknownNameError
 
 # The digits
@@ -706,3 +718,19 @@ def test_feeding_fits_the_precision_of_the_module() -> None:
     module.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     ImageStream(batch()).feed(module)
     assert seen == [torch.float64]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_the_last_images_can_be_held_out_of_the_training_split(in_memory: bool, digits: DataSet) -> None:
+    size = digits.size("train")
+    whole = digits if in_memory else dataclasses.replace(digits, train=torch.utils.data.Subset(digits.train, range(size)))
+    part = whole.without_last(100)
+    assert (part.size("train"), part.size("test")) == (size - 100, digits.size("test"))
+    for at in (0, size - 101):
+        assert torch.equal(part.train[at][0], digits.train[at][0])
+        assert part.train[at][1] == digits.train[at][1]
+    assert len(next(iter(part.loader("train", batch_size=size)))[1]) == size - 100
+    assert (whole.size("train"), whole.without_last(0).size("train")) == (size, size)
+    for images in (size, size + 1, -1):
+        with pytest.raises(DataError, match=f"{images} of {size} training images held out leave none to train on"):
+            whole.without_last(images)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,12 @@ from torch import Tensor, nn
 
 import quickspike as qs
 from quickspike import searching
+from quickspike.augmentation import Augmentation
 from quickspike.data import DataSet
 from quickspike.errors import CheckpointError, OptionError, UnknownNameError
+from quickspike.evaluation import make_fabric
 from quickspike.searching import Candidate, Found, Trial, _least, front, search
+from quickspike.training import Silent, Trainer, Training
 
 
 @given(st.integers(1, 70), st.integers(1, 64))
@@ -144,7 +149,10 @@ def test_it_goes_on_where_it_stopped(
     real = searching.convert
     monkeypatch.setattr(searching, "convert", lambda *args, **options: conversions.append(options) or real(*args, **options))
     again = run(file)
-    assert len(conversions) == len(whole.trials) - 2
+    # Five trials; the best one's network, of which the file holds figures only, may have to be made again.
+    remade = again.best in again.trials[:2]
+    assert len(conversions) == len(whole.trials) - 2 + remade
+    assert again.network is not None
     assert [(one.candidate, one.steps, one.accuracy, one.energy) for one in again.trials] == [
         (one.candidate, one.steps, one.accuracy, one.energy) for one in whole.trials
     ]
@@ -159,6 +167,74 @@ def test_it_goes_on_where_it_stopped(
         run(file)
 
 
+def trainer_of(digits: DataSet, folder: Path | None, **settings: Any) -> Trainer:
+    chosen = Training(optimiser="adam", learning_rate=2e-3, weight_decay=0.0, batch_size=64, schedule="cosine", **settings)
+    return Trainer(fabric=make_fabric("cpu"), data=digits.without_last(300), settings=chosen, folder=folder)
+
+
+def test_training_gets_by_with_fewer_steps(digits_source: nn.Module, calibration: Tensor, digits: DataSet) -> None:
+    data = held_out(digits)
+    candidates = (Candidate("threshold_balancing"), Candidate("threshold_balancing", epochs=2))
+    bounds = {"max_drop": 1.5, "most_steps": 8, "device": "cpu"}
+    trainer = trainer_of(digits, None, distill=0.5)
+    before = [parameter.clone() for parameter in digits_source.parameters()]
+    plain = search(digits_source, calibration, data, candidates[:1], **bounds)
+    found = search(digits_source, calibration, data, candidates, trainer=trainer, **bounds)
+    assert plain.best is not None
+    assert found.best is not None
+    assert found.network is not None
+    assert found.best.steps < plain.best.steps
+    assert found.best.candidate == "threshold_balancing tuned for 2 epochs"
+    assert qs.evaluate(found.network, data, None, (found.best.steps,), device="cpu").accuracy[found.best.steps] == found.best.accuracy
+    assert "network" not in found.to_json()
+    assert all(torch.equal(old, new) for old, new in zip(before, digits_source.parameters(), strict=True))
+
+
+def test_half_a_training_is_gone_on_with_and_a_whole_one_is_kept(
+    digits_source: nn.Module, calibration: Tensor, digits: DataSet, tmp_path: Path
+) -> None:
+    data, candidates = held_out(digits), (Candidate("threshold_balancing", epochs=2),)
+    file = tmp_path / "search.json"
+
+    class Stops(Silent):
+        """Counts epochs, and interrupts the second one."""
+
+        def __init__(self, stop: bool) -> None:
+            self.stop, self.epochs = stop, 0
+
+        def advance(self, samples: int) -> None:
+            if self.stop and self.epochs == 1:
+                raise KeyboardInterrupt
+
+        def row(self, stage: str, row: dict[str, float]) -> None:
+            self.epochs += 1
+
+    def run(folder: str, stop: bool = False) -> tuple[Found, int]:
+        watcher = Stops(stop)
+        trainer = dataclasses.replace(trainer_of(digits, tmp_path / folder), watcher=watcher)
+        found = search(digits_source, calibration, data, candidates, max_drop=50, most_steps=1, device="cpu", trainer=trainer, file=file)
+        return found, watcher.epochs
+
+    whole, epochs = run("whole")
+    assert epochs == 2
+    assert run("whole") == (whole, 0)
+    file.unlink()
+    assert run("whole")[1] == 0
+    file.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        run("half", stop=True)
+    again, epochs = run("half")
+    assert epochs == 1
+    assert again.best is not None
+    assert whole.best is not None
+    assert dataclasses.replace(again.best, seconds=0.0) == dataclasses.replace(whole.best, seconds=0.0)
+    # Another training is another search, and finds nothing of this one.
+    file.unlink()
+    other = dataclasses.replace(trainer_of(digits, tmp_path / "whole"), augmentation=Augmentation(flip=True), watcher=Stops(True))
+    with pytest.raises(KeyboardInterrupt):
+        search(digits_source, calibration, data, candidates, max_drop=50, most_steps=1, device="cpu", trainer=other)
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -171,6 +247,8 @@ def test_it_goes_on_where_it_stopped(
         ({"max_energy": -1.0, "energy": "loihi"}, "max_energy"),
         ({"max_seconds": 0.0}, "max_seconds"),
         ({"candidates": (Candidate("qcfs", {"level": 3}),)}, "level"),
+        ({"candidates": (Candidate("qcfs", epochs=-1),)}, "epochs must be a whole number >= 0"),
+        ({"candidates": (Candidate("qcfs", epochs=1),)}, "need a trainer"),
     ],
 )
 def test_mistakes_are_refused_before_the_work(options: dict[str, object], text: str, digits_source: nn.Module) -> None:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from quickspike.tuning import Tuning
 
 Help = tyro.conf.arg
+TUNING: dict[str, Any] = {"optimiser": "adam", "learning_rate": 1e-4, "weight_decay": 0.0, "schedule": "cosine"}
+"""Settings of fine-tuning where the user gives none (arXiv 2008.03658, section IV: Adam at 1e-4)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,9 +224,7 @@ def tune_command() -> Callable[..., None]:
         "data": DataArguments,
         "files": _flat(TrainingFiles, "files"),
         "tuning": _flat(options_type(Tuning), "tuning"),
-        "training": _flat(
-            options_type(Training, epochs=4, optimiser="adam", learning_rate=1e-4, weight_decay=0.0, schedule="cosine"), "training"
-        ),
+        "training": _flat(options_type(Training, epochs=4, **TUNING), "training"),
         "teacher": _flat(Teacher, "teacher"),
         "augmentation": _flat(options_type(Augmentation), "augmentation"),
         "hardware": _flat(Hardware, "hardware"),
@@ -397,11 +397,15 @@ def search(
     ] = 2000,
     out: Annotated[Path | None, Help(metavar="FILE", help="keep every trial there, as JSON; the same command goes on from it")] = None,
     network: Annotated[Path | None, Help(metavar="FILE", help="save the best network")] = None,
+    tune_epochs: Annotated[
+        int, Help(metavar="N", help="try each method fine-tuned for so long, too, distilled from the source [unit: epochs; range: >= 0]")
+    ] = 0,
+    precision: Annotated[str, Help(metavar="NAME", help="of fine-tuning, Lightning Fabric's name: 32-true, bf16-mixed, ...")] = "32-true",
     device: Annotated[str, Help(metavar="NAME", help="auto, cpu, cuda, mps, ...")] = "auto",
     json: Json = False,
 ) -> None:
     """Find the least T, and the method, that keep the accuracy within a bound; then measure that network on the test images."""
-    from quickspike.api import convert
+    from quickspike.augmentation import Augmentation
     from quickspike.evaluation import evaluate, make_fabric
     from quickspike.files import check_writable
     from quickspike.method import all_methods, get
@@ -410,16 +414,26 @@ def search(
     from quickspike.report import search_tables
     from quickspike.searching import Candidate, Trial
     from quickspike.searching import search as find
+    from quickspike.training import Trainer, Training
 
     candidates = [Candidate(name) for name in methods or tuple(all_methods())]
     if synchronous:
         waiting = (one for one in candidates if "synchronous" in options_of(get(one.method)))
         candidates += [Candidate(one.method, {"synchronous": True}) for one in waiting]
+    candidates += [dataclasses.replace(one, epochs=tune_epochs) for one in candidates if tune_epochs]
     for path in filter(None, (out, network)):
         check_writable(path)
     source = make_fabric(device).to_device(load_model(model, weights))
     data_set = data.load()
     size = data_set.size("train")
+    trainer = Trainer(
+        fabric=make_fabric(device, precision),
+        data=data_set.without_last(min(images, size)) if tune_epochs else data_set,
+        settings=Training(distill=0.9, temperature=4.0, **TUNING),
+        augmentation=Augmentation(),
+        folder=None if out is None else out.with_suffix(""),
+        watcher=TrainingWatcher(),
+    )
     calibration = data_set.loader("train", limit=min(calibration_images, size))
     held_out = data_set.loader("train", limit=min(images, size), last=True)
 
@@ -437,13 +451,12 @@ def search(
         max_energy=None if max_energy is None else 1e3 * max_energy,
         max_seconds=None if max_minutes is None else 60 * max_minutes,
         device=device,
+        trainer=trainer if tune_epochs else None,
         file=out,
         progress=progress,
     )
     report = None
-    if found.best is not None:
-        chosen = next(one for one in candidates if str(one) == found.best.candidate)
-        best = convert(source, calibration, chosen.method, steps=found.best.steps, **chosen.options)
+    if found.best is not None and (best := found.network) is not None:
         best.provenance.update(model=Path(model).name, data=Path(data.data).name, statistics=dataclasses.asdict(data_set.statistics))
         report = evaluate(best, data_set.loader("test"), source, (found.best.steps,), device=device)
         if network is not None:

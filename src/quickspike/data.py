@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,12 @@ class Images(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def first(self, images: int) -> Images:
+        """The first so many, without a copy."""
+        part = copy.copy(self)
+        part.pixels, part.labels = self.pixels[:images], self.labels[:images]
+        return part
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return (self.pixels[index] / 255 - self.mean) / self.std, int(self.labels[index])
 
@@ -261,6 +268,18 @@ class DataSet:
                 raise DataError(f"{self.name}: asked for {limit} {split} images, it holds {size}")
             images = torch.utils.data.Subset(images, range(size - limit, size) if last else range(limit))
         return DataLoader(images, batch_size=batch_size)
+
+    def without_last(self, images: int) -> DataSet:
+        """The same set whose training split lacks its last `images` images, so that these can be measured on.
+
+        Raises:
+            DataError: none would be left to train on.
+        """
+        left = self.size("train") - images
+        if not 0 <= images < left + images:
+            raise DataError(f"{self.name}: {images} of {left + images} training images held out leave none to train on")
+        train = self.train.first(left) if isinstance(self.train, Images) else torch.utils.data.Subset(self.train, range(left))
+        return replace(self, train=train)
 
 
 def load_data(name: str, data_dir: str | Path | None = None, statistics: Statistics | None = None, download: bool = False) -> DataSet:

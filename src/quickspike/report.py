@@ -226,7 +226,11 @@ def search_tables(found: Found, report: Report | None) -> RenderableType:
         table.add_row(trial.candidate, *cells, style="bold" if trial == found.best else "")
     if found.best is None or report is None:
         bound = "" if found.max_energy is None else f" within {found.max_energy / 1e3:,.1f} nJ"
-        way_out = "or train (train, tune)" if found.complete else "or more time (--max-minutes): it was up before all was tried"
+        way_out = (
+            "fine-tune (--tune-epochs), or train (train)"
+            if found.complete
+            else "or more time (--max-minutes): it was up before all was tried"
+        )
         return Group(table, Text(f"Nothing loses at most {found.max_drop:g} points{bound}; allow more steps (--most-steps), {way_out}."))
     (steps,) = report.steps
     least = f"{found.best.candidate} with T = {steps}: {report.accuracy[steps]:.2f} % on {report.samples} test images"

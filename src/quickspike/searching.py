@@ -2,22 +2,27 @@
 
 For each candidate T is doubled until the loss is small enough, and then halved in between, which finds the least T as
 trying all of them would, as long as accuracy does not fall with more steps. A candidate that is not good enough at the
-latency of the best one so far is left at that. Every trial is converted for its own T.
+latency of the best one so far is left at that. Every trial is converted for its own T, and fine-tuned at it if its
+candidate says for how many epochs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from quickspike.api import convert
+from quickspike.api import convert, tune
+from quickspike.checkpoint import load
+from quickspike.conversion import SpikingNetwork
 from quickspike.data import Batches, labelled_batches
 from quickspike.energy import device_named, energy_of
 from quickspike.errors import CheckpointError, OptionError
@@ -26,17 +31,21 @@ from quickspike.files import write_text
 from quickspike.method import create, get
 from quickspike.operations import count_operations
 from quickspike.provenance import digest
+from quickspike.training import Trainer
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to convert."""
+    """A way to convert, and to train afterwards."""
 
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    epochs: int = 0
+    """Of fine-tuning; 0 for none."""
 
     def __str__(self) -> str:
-        return " ".join([self.method, *(f"{name}={value}" for name, value in sorted(self.options.items()))])
+        tuned = [f"tuned for {self.epochs} epoch{'s' * (self.epochs > 1)}"] * (self.epochs > 0)
+        return " ".join([self.method, *(f"{name}={value}" for name, value in sorted(self.options.items())), *tuned])
 
 
 @dataclass(frozen=True)
@@ -72,10 +81,12 @@ class Found:
     """Of an image, in pJ."""
     complete: bool = True
     """False: the time was up before all candidates were tried."""
+    network: SpikingNetwork | None = field(default=None, compare=False, repr=False)
+    """That of the best trial."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+        """Plain data, without the network."""
+        return {name: value for name, value in asdict(dataclasses.replace(self, network=None)).items() if name != "network"}
 
 
 def search(
@@ -90,6 +101,7 @@ def search(
     max_energy: float | None = None,
     max_seconds: float | None = None,
     device: str = "auto",
+    trainer: Trainer | None = None,
     file: str | Path | None = None,
     progress: Callable[[Trial], object] | None = None,
 ) -> Found:
@@ -99,59 +111,67 @@ def search(
         model: the source network; not modified.
         calibration: images, see `convert`; like `data`, gone through more than once.
         data: labelled images that accuracy is measured on; what is chosen by them is to be reported on others.
-        candidates: methods by name, or with options.
+        candidates: methods by name, or with options and epochs of fine-tuning. Put what costs little first: it bounds the
+            steps of those that are trained.
         max_drop: percentage points of accuracy that may be lost.
         most_steps: the largest T that is tried.
         energy: a device of `quickspike.energy`, if energy counts.
         max_energy: what an image may take on that device, in pJ.
         max_seconds: after so long no new trial begins; those that `file` holds cost no time.
         device: see `quickspike.evaluation.make_fabric`.
+        trainer: how candidates with epochs are fine-tuned; `data` must be no part of what it trains on. Its teacher is
+            the source network unless it has one. In its folder each training has one of its own, which an interrupted
+            search goes on from.
         file: trials go there as they are made, and are not made again by a search that finds them there.
         progress: called with every trial.
 
     Raises:
-        OptionError: no candidates, a number out of range, or an option that a method does not have.
+        OptionError: no candidates, a number out of range, an option that a method does not have, or epochs and no trainer.
         UnknownNameError: no such method or device.
         CheckpointError: `file` belongs to another search.
         OutputError: `file` cannot be written.
     """
     chosen = [Candidate(one) if isinstance(one, str) else one for one in candidates]
     _check(chosen, max_drop, most_steps, max_seconds)
+    if trainer is None and any(candidate.epochs for candidate in chosen):
+        raise OptionError("search: candidates with epochs need a trainer that fine-tunes them")
     if energy is not None:
         device_named(energy)
     if max_energy is not None and (energy is None or not (math.isfinite(max_energy) and max_energy >= 0)):
         raise OptionError(f"search: max_energy must be >= 0 pJ, with energy=DEVICE to count on, got {max_energy!r} with {energy!r}")
     limit = None if max_seconds is None else time.perf_counter() + max_seconds
     reference = accuracy_of(model, data, make_fabric(device))
-    made = _Trials(model, calibration, data, reference, energy, device, None if file is None else Path(file), progress, limit)
 
     def within(trial: Trial) -> bool:
         return trial.drop <= max_drop and (max_energy is None or (trial.energy or 0.0) <= max_energy)
 
+    kept = None if file is None else Path(file)
+    trials_of = _Trials(model, calibration, data, reference, energy, device, trainer, kept, progress, limit, within)
     latency, complete = math.inf, True
     try:
         for candidate in chosen:
 
             def enough(steps: int, candidate: Candidate = candidate) -> bool:
-                return made.trial(candidate, steps).drop <= max_drop
+                return trials_of.trial(candidate, steps).drop <= max_drop
 
             most = most_steps
             if math.isfinite(latency):
                 # More steps than these would be no gain; a candidate that fails even there is left at that. With one step
-                # nothing waits, so two show how many steps of latency one step costs.
-                two = made.trial(candidate, min(2, most))
+                # nothing waits, so two show how many steps of latency one step costs; training changes nothing in that.
+                two = trials_of.trial(dataclasses.replace(candidate, epochs=0), min(2, most))
                 most = max(1, min(most, int(latency // (two.latency / two.steps))))
                 if not enough(most):
                     continue
             least = _least(enough, most)
             # Energy grows with T: what takes too much with the least T takes too much with any.
-            if least is not None and within(made.trial(candidate, least)):
-                latency = min(latency, made.trial(candidate, least).latency)
+            if least is not None and within(trials_of.trial(candidate, least)):
+                latency = min(latency, trials_of.trial(candidate, least).latency)
     except _TimeIsUp:
         complete = False
-    trials = tuple(made.trials)
+    trials = tuple(trials_of.trials)
     best = min(filter(within, trials), key=_order, default=None)
-    return Found(best, front(trials), trials, reference, max_drop, max_energy, complete)
+    network = None if best is None else trials_of.network_of(best, chosen)
+    return Found(best, front(trials), trials, reference, max_drop, max_energy, complete, network)
 
 
 class _TimeIsUp(Exception):
@@ -170,6 +190,8 @@ def _check(candidates: Sequence[Candidate], max_drop: float, most_steps: int, ma
     for candidate in candidates:
         get(candidate.method)
         create(candidate.method, steps=1, **candidate.options)
+        if not isinstance(candidate.epochs, int) or candidate.epochs < 0:
+            raise OptionError(f"search: epochs must be a whole number >= 0, got {candidate.epochs!r}")
 
 
 def _least(enough: Callable[[int], bool], most: int) -> int | None:
@@ -214,14 +236,17 @@ class _Trials:
         reference: float,
         energy: str | None,
         device: str,
+        trainer: Trainer | None,
         file: Path | None,
         progress: Callable[[Trial], object] | None,
         limit: float | None,
+        within: Callable[[Trial], bool],
     ) -> None:
-        self.limit = limit
+        self.limit, self.within = limit, within
+        self.best: tuple[Trial, SpikingNetwork] | None = None
         self.model, self.calibration, self.data, self.reference = model, calibration, data, reference
-        self.energy, self.device, self.file, self.progress = energy, device, file, progress
-        self.about = {} if file is None else self._about()
+        self.energy, self.device, self.trainer, self.file, self.progress = energy, device, trainer, file, progress
+        self.about = {} if file is None and trainer is None else self._about()
         self.known: dict[tuple[str, int], Trial] = {}
         self.trials: list[Trial] = []
         if file is not None and file.exists():
@@ -246,21 +271,60 @@ class _Trials:
                 self.progress(found)
         return found
 
+    def network(self, candidate: Candidate, steps: int) -> SpikingNetwork:
+        """Convert, and fine-tune unless the network lies in the trainer's folder already."""
+        if not candidate.epochs or self.trainer is None:
+            return convert(self.model, self.calibration, candidate.method, steps=steps, **candidate.options)
+        settings = dataclasses.replace(self.trainer.settings, epochs=candidate.epochs)
+        teacher = (self.trainer.teacher or self.model) if settings.distill else None
+        folder = None if self.trainer.folder is None else self.trainer.folder / self._name(candidate, steps)
+        whole = None if folder is None else folder / "network.safetensors"
+        if whole is not None and whole.exists():
+            return load(whole)
+        snn = convert(self.model, self.calibration, candidate.method, steps=steps, **candidate.options)
+        tuned = tune(snn, dataclasses.replace(self.trainer, settings=settings, folder=folder, resume=True, teacher=teacher))
+        if whole is not None:
+            tuned.save(whole)
+        return tuned
+
+    def network_of(self, trial: Trial, candidates: Sequence[Candidate]) -> SpikingNetwork:
+        """The network of a trial; one that only the file knows is made again."""
+        if self.best is not None and self.best[0] == trial:
+            return self.best[1]
+        tried = [*candidates, *(dataclasses.replace(candidate, epochs=0) for candidate in candidates)]
+        return self.network(next(one for one in tried if str(one) == trial.candidate), trial.steps)
+
+    def _name(self, candidate: Candidate, steps: int) -> str:
+        """Of a folder that holds this training of this search and no other."""
+        key = json.dumps([str(candidate), steps, self.about], sort_keys=True, default=str)
+        return f"{candidate.method}_t{steps}_{sha256(key.encode()).hexdigest()[:12]}"
+
     def _made(self, candidate: Candidate, steps: int) -> Trial:
         started = time.perf_counter()
-        snn = convert(self.model, self.calibration, candidate.method, steps=steps, **candidate.options)
+        snn = self.network(candidate, steps)
         report = evaluate(snn, self.data, None, (steps,), device=self.device)
         cost = None if self.energy is None else energy_of(count_operations(snn, _first(self.data)), self.energy).spiking
         accuracy = report.accuracy[steps]
         seconds = time.perf_counter() - started
-        return Trial(str(candidate), steps, report.latency[steps], accuracy, self.reference - accuracy, cost, seconds)
+        trial = Trial(str(candidate), steps, report.latency[steps], accuracy, self.reference - accuracy, cost, seconds)
+        if self.within(trial) and (self.best is None or _order(trial) < _order(self.best[0])):
+            self.best = trial, snn
+        return trial
 
     def _about(self) -> dict[str, Any]:
         weights = [value for _, value in sorted(self.model.state_dict().items())]
         calibration = (images for images, _ in labelled_batches(self.calibration))
         data = (tensor for batch in labelled_batches(self.data) for tensor in batch if tensor is not None)
         digests = {"model": digest(weights), "calibration": digest(calibration), "data": digest(data)}
-        return {**digests, "reference": self.reference, "energy": self.energy}
+        return {**digests, "reference": self.reference, "energy": self.energy, "training": self._training()}
+
+    def _training(self) -> dict[str, Any] | None:
+        """What trainings depend on but for their epochs."""
+        if self.trainer is None:
+            return None
+        settings = {name: value for name, value in asdict(self.trainer.settings).items() if name != "epochs"}
+        data = {"data": self.trainer.data.name, "images": self.trainer.data.size("train")}
+        return data | settings | {"augmentation": asdict(self.trainer.augmentation)}
 
     def _read(self, file: Path) -> None:
         try:
