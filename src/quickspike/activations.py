@@ -165,7 +165,9 @@ class CeilingProbe(nn.Module):
             raise ConversionError(f"site {self.site.name}: no calibration images were seen before conversion")
         largest = float(ceiling.max())
         if largest <= 0:
-            logger.warning("site %s: silent on all calibration images; its threshold is set to 1", self.site.name)
+            # A piece of another activation lies, as a rule, where few values are or none.
+            level = logging.WARNING if self.site.function in ("relu", "relu6", "clamp") else logging.DEBUG
+            logger.log(level, "site %s: silent on all calibration images; its threshold is set to 1", self.site.name)
             largest = 1.0
         ceiling = ceiling.clamp_min(SMALLEST_SHARE * largest)
         return self.site.per_channel(ceiling.float()) if self.granularity == "channel" else ceiling.float().reshape(())

@@ -29,7 +29,7 @@ from torch import Tensor, fx
 from quickspike.conversion import SpikingNetwork
 from quickspike.data import Batches, labelled_batches
 from quickspike.errors import ConversionError, DataError
-from quickspike.neuron import AccumulatedMaxPool, Neuron, Repeat, integrate, unfold
+from quickspike.neuron import AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, Timed, integrate, unfold
 from quickspike.operators import FUNCTION_NAMES
 
 PARTS = ("inherited", "max-pooling", "clipping", "quantisation", "unevenness", "neuron")
@@ -223,7 +223,7 @@ class _Plain(_Kept):
         layer = self.fetch_attr(target)
         if isinstance(layer, Neuron):
             return activation(layer, args[0], self.ceilings[str(target)])
-        if isinstance(layer, Repeat):
+        if isinstance(layer, (Repeat, RunningMean, Increment)):
             return args[0]
         if isinstance(layer, AccumulatedMaxPool):
             pool: Any = copy.copy(layer.pool)
@@ -255,7 +255,7 @@ def _timed(network: fx.GraphModule) -> set[fx.Node]:
     timed = set[fx.Node]()
     for node in network.graph.nodes:
         layer = network.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(layer, (Neuron, Repeat, AccumulatedMaxPool)) or any(parent in timed for parent in node.all_input_nodes):
+        if isinstance(layer, Timed) or any(parent in timed for parent in node.all_input_nodes):
             timed.add(node)
     return timed
 

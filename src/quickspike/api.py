@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from quickspike.errors import ConversionError, OptionError
 from quickspike.graph import Traced, fold, trace
 from quickspike.method import Method, create
 from quickspike.neuron import Surrogate
+from quickspike.piecewise import PIECES
 from quickspike.provenance import versions
 from quickspike.training import History, Train, Trainer, parameter_groups
 from quickspike.tuning import Tuning
@@ -63,6 +65,8 @@ def convert(
     *,
     surrogate: Surrogate | None = None,
     trainer: Trainer | None = None,
+    analog: Sequence[str] = (),
+    pieces: int = PIECES,
     **options: Any,
 ) -> SpikingNetwork:
     """Turn a trained network into a spiking one.
@@ -75,6 +79,8 @@ def convert(
         surrogate: derivative of the step function for autograd; by default the method's own.
         trainer: trains a copy of the network with the method's activations before it is converted; without one the
             method is calibrated only.
+        analog: names (`head.*`) or operators (`LayerNorm`) of what is computed on real values at every step, see `trace`.
+        pieces: straight lines that a smooth activation is approximated by.
         **options: options of the named method, for example `steps=8`.
 
     Returns:
@@ -87,11 +93,19 @@ def convert(
     """
     chosen = _method(method, options)
     images = ImageStream(calibration)
-    ann = fit(model, images, chosen, trainer)
+    ann = fit(model, images, chosen, trainer, analog=analog, pieces=pieces)
     return finish(ann, images, chosen, surrogate)
 
 
-def fit(model: nn.Module, images: ImageStream, method: Method, trainer: Trainer | None = None) -> Traced:
+def fit(
+    model: nn.Module,
+    images: ImageStream,
+    method: Method,
+    trainer: Trainer | None = None,
+    *,
+    analog: Sequence[str] = (),
+    pieces: int = PIECES,
+) -> Traced:
     """The source side of a conversion: trace, put the method's activations in, calibrate, and train if there is a trainer.
 
     Returns:
@@ -103,7 +117,14 @@ def fit(model: nn.Module, images: ImageStream, method: Method, trainer: Trainer 
     _not_whitened(trainer)
     if trainer is not None:
         trainer = _taught(trainer, model)
-    traced = trace(method.source(model), images.example, trainable=trainer is not None, pools_in_front=not method.pools_spikes)
+    traced = trace(
+        method.source(model),
+        images.example,
+        trainable=trainer is not None,
+        pools_in_front=not method.pools_spikes,
+        analog=analog,
+        pieces=pieces,
+    )
     ann = prepare(traced, method)
     if trainer is not None:
         trainer.fabric.to_device(ann.module)

@@ -25,8 +25,8 @@ from quickspike.conversion import SpikingNetwork
 from quickspike.errors import CheckpointError
 from quickspike.files import whole_file
 from quickspike.graph import Site
-from quickspike.neuron import MAX_STEPS, AccumulatedMaxPool, Neuron, NeuronParameters, Repeat, Surrogate
-from quickspike.operators import FUNCTION_NAMES, FUNCTIONS, LAYERS, MAX_POOLS, layer_arguments
+from quickspike.neuron import MAX_STEPS, AccumulatedMaxPool, Increment, Neuron, NeuronParameters, Repeat, RunningMean, Surrogate
+from quickspike.operators import ANALOG_LAYERS, FUNCTION_NAMES, FUNCTIONS, LAYERS, MAX_POOLS, layer_arguments
 
 FORMAT = 1
 """Version of the file format; a reader refuses a newer one."""
@@ -34,7 +34,9 @@ FORMAT = 1
 _NAME = re.compile(r"(?!__)[A-Za-z_]\w*\Z", re.ASCII)
 # fx writes what is no identifier between double quotes into the code, so quotes, backslashes and breaks stay out.
 _PATH = re.compile(r"(?!__)\w[\w \-]*(?:\.(?!__)\w[\w \-]*)*\Z")
-_LAYER_TYPES = {cls.__name__: cls for cls in (*LAYERS, *MAX_POOLS)}
+_LAYER_ARGUMENTS = LAYERS | MAX_POOLS | ANALOG_LAYERS
+_LAYER_TYPES = {cls.__name__: cls for cls in _LAYER_ARGUMENTS}
+_PLAIN_TIMED = {cls.__name__: cls for cls in (Repeat, RunningMean, Increment)}
 _NEURON_TENSORS = ("threshold", "initial", "leak", "amplitude")
 
 # Saving
@@ -104,8 +106,8 @@ def _layer_to_json(layer: nn.Module) -> dict[str, Any]:
         arguments: dict[str, Any] = {"constant_input": layer.constant_input, "scaled": layer.scaled, "strict": layer.strict}
         arguments["averaged"] = layer.averaged
         return {"type": "Neuron", "arguments": arguments | {"surrogate": dataclasses.asdict(layer.surrogate)}}
-    if isinstance(layer, Repeat):
-        return {"type": "Repeat", "arguments": {}}
+    if type(layer).__name__ in _PLAIN_TIMED:
+        return {"type": type(layer).__name__, "arguments": {}}
     if isinstance(layer, AccumulatedMaxPool):
         return {"type": "AccumulatedMaxPool", "arguments": {"pool": _layer_to_json(layer.pool)}}
     try:
@@ -268,8 +270,8 @@ def _layer_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor], ste
         for key, tensor in _exactly(tensors, _NEURON_TENSORS, name).items():
             neuron.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
         return neuron
-    if kind == "Repeat":
-        return Repeat(steps)
+    if kind in _PLAIN_TIMED:
+        return _PLAIN_TIMED[kind](steps)
     if kind == "AccumulatedMaxPool":
         if arguments["pool"]["type"] not in {cls.__name__ for cls in MAX_POOLS}:
             raise CheckpointError(f"{name}: {arguments['pool']['type']!r} is no max-pooling")
@@ -295,8 +297,8 @@ def _plain_layer(data: Mapping[str, Any], tensors: Mapping[str, Tensor], name: s
         raise CheckpointError(f"{name}: unknown layer type {data['type']!r}")
     arguments = _decode(data["arguments"], {})
     # Constructors also take a device, which would allocate what the header merely claims.
-    if not set(arguments) <= {*(LAYERS | MAX_POOLS)[cls], "bias"}:
-        raise CheckpointError(f"{name}: {cls.__name__} takes no {', '.join(sorted(set(arguments) - set((LAYERS | MAX_POOLS)[cls])))}")
+    if not set(arguments) <= {*_LAYER_ARGUMENTS[cls], "bias"}:
+        raise CheckpointError(f"{name}: {cls.__name__} takes no {', '.join(sorted(set(arguments) - set(_LAYER_ARGUMENTS[cls])))}")
     # On the meta device a declared size costs no memory; the tensors of the file then have to fit it exactly.
     with torch.device("meta"):
         layer: nn.Module = cls(**arguments)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
+from operator import add, attrgetter, neg
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from quickspike import piecewise
 from quickspike.capture import Sizes, scope_of, source_of
 from quickspike.coverage import Coverage, Finding, Status
+from quickspike.errors import OptionError
 from quickspike.operators import (
+    ANALOG_LAYERS,
     DROPOUT_LAYERS,
     DROPOUTS,
     FUNCTIONS,
@@ -24,26 +28,16 @@ from quickspike.operators import (
     NO_OPERATION_LAYERS,
     NO_OPERATIONS,
     SPELLINGS,
+    STOCHASTIC_DEPTH,
+    Affine,
     Function,
     ReLU,
 )
+from quickspike.piecewise import PIECES, Piecewise
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
-CLAMPS = (
-    torch.clamp,
-    torch.clamp_,
-    torch.clip,
-    torch.clip_,
-    "clamp",
-    "clamp_",
-    "clip",
-    "clip_",
-    "clamp_min",
-    "clamp_min_",
-    torch.clamp_min,
-)
-HARDTANHS = (F.hardtanh, F.hardtanh_)
+LINES = "lines"
+"""Key of a node's meta: the sum of pieces that its activation becomes."""
 
 
 def activate(x: Tensor) -> Tensor:
@@ -62,25 +56,26 @@ class Verdict:
     reason: str = ""
     way_out: str = ""
     edit: Callable[[], object] | None = None
+    error: float = 0.0
 
 
 DEFAULT_WAY_OUT = "replace it by a supported operator (docs/operators.md) and fine-tune, or convert only the part that has none"
 WAYS_OUT: tuple[tuple[tuple[str, ...], str], ...] = (
     (("with_indices",), "leave the indices out; where unpooling needs them, use average pooling"),
-    (("softmax", "sigmoid", "logsoftmax"), "at the output: return the logits, the readout averages them; elsewhere: use a ReLU network"),
-    (
-        ("gelu", "silu", "swish", "mish", "elu", "prelu", "leaky", "tanh", "softplus"),
-        "replace it by nn.ReLU and fine-tune before converting",
-    ),
+    (("softmax",), "at the output: return the logits, the readout averages them; elsewhere: keep it analog"),
     (("layernorm", "layer_norm", "groupnorm", "group_norm", "instancenorm"), "train with batch norm, which folds into the weights"),
-    (
-        ("attention", "matmul", "bmm", "einsum", "scaled_dot"),
-        "products of two signals have no spiking form here; use a convolutional network",
-    ),
+    (("attention", "matmul", "bmm", "einsum", "scaled_dot"), "use a convolutional network"),
 )
 
 
-def classify(module: fx.GraphModule, sizes: Sizes, network: str, keep_dropout: bool = False) -> Coverage:
+def classify(
+    module: fx.GraphModule,
+    sizes: Sizes,
+    network: str,
+    keep_dropout: bool = False,
+    analog: Sequence[str] = (),
+    pieces: int = PIECES,
+) -> Coverage:
     """Find out what becomes of every node; rewrite the accepted ones into their canonical form, in place.
 
     Args:
@@ -88,8 +83,15 @@ def classify(module: fx.GraphModule, sizes: Sizes, network: str, keep_dropout: b
         sizes: of every node's value.
         network: name for the report.
         keep_dropout: leave dropout layers in the graph, for training; they go when the graph is folded.
+        analog: patterns of names (`head.*`) or operators (`SiLU`) of what is computed on real values at every step.
+        pieces: straight lines that a smooth activation is approximated by.
+
+    Raises:
+        OptionError: a pattern fits nothing, or pieces < 2.
     """
-    classifier = _Classifier(module, sizes, keep_dropout)
+    if type(pieces) is not int or not 2 <= pieces <= 64:
+        raise OptionError(f"pieces must be a whole number in [2, 64], got {pieces!r}")
+    classifier = _Classifier(module, sizes, keep_dropout, analog, pieces)
     findings = []
     edits = []
     for node in module.graph.nodes:
@@ -98,7 +100,10 @@ def classify(module: fx.GraphModule, sizes: Sizes, network: str, keep_dropout: b
         verdict = classifier.verdict(node)
         edits.append(verdict.edit)
         name, operator = _name(node), _operator(node, module)
-        findings.append(Finding(name, operator, verdict.status, verdict.reason, verdict.way_out, source_of(node)))
+        findings.append(Finding(name, operator, verdict.status, verdict.reason, verdict.way_out, source_of(node), verdict.error))
+    for pattern in analog:
+        if pattern not in classifier.used:
+            raise OptionError(f"analog={pattern!r} fits no call of {network}; `quickspike inspect --json` lists their names and operators")
     coverage = Coverage(network, tuple(findings))
     if not coverage.unsupported:
         for edit in filter(None, edits):
@@ -137,16 +142,32 @@ def _operator(node: fx.Node, module: fx.GraphModule) -> str:
 def refuse(operator: str, reason: str, way_out: str = "") -> Verdict:
     """An unsupported verdict with the way out that fits the operator's name."""
     flat = operator.lower()
+    if not way_out and (flat in FUNCTIONS or flat in _ANALOG_NAMES):
+        way_out = next((f"{text}; or " for words, text in WAYS_OUT if any(word in flat for word in words)), "")
+        return Verdict("unsupported", reason, f"{way_out}keep it on real values: analog=({operator!r},), --analog {operator}")
     fitting = (text for words, text in WAYS_OUT if any(word in flat for word in words))
     return Verdict("unsupported", reason, way_out or next(fitting, DEFAULT_WAY_OUT))
+
+
+_ANALOG_NAMES = {cls.__name__.lower() for cls in ANALOG_LAYERS}
 
 
 class _Classifier:
     """Verdicts for the nodes of one graph, in order; remembers which values have already passed a neuron."""
 
-    def __init__(self, module: fx.GraphModule, sizes: Sizes, keep_dropout: bool) -> None:
+    def __init__(self, module: fx.GraphModule, sizes: Sizes, keep_dropout: bool, analog: Sequence[str], pieces: int) -> None:
         self.module, self.graph, self.sizes, self.keep_dropout = module, module.graph, sizes, keep_dropout
+        self.analog, self.pieces = analog, pieces
         self.spiking: set[fx.Node] = set()
+        self.used: set[str] = set()
+        """Patterns that fitted something."""
+
+    def _kept_analog(self, node: fx.Node) -> bool:
+        """True if the user wants this call on real values."""
+        texts = (_name(node), _operator(node, self.module))
+        fitting = [pattern for pattern in self.analog if any(fnmatchcase(text, pattern) for text in texts)]
+        self.used.update(fitting)
+        return bool(fitting)
 
     def verdict(self, node: fx.Node) -> Verdict:
         problem = self._batch_problem(node)
@@ -175,10 +196,15 @@ class _Classifier:
     # Modules
 
     def _layer(self, node: fx.Node) -> Verdict:
-        layer = self.module.get_submodule(str(node.target))
+        layer: Any = self.module.get_submodule(str(node.target))
         kind, name = type(layer), type(layer).__name__
-        if kind in (nn.ReLU, nn.ReLU6, nn.Hardtanh, ReLU):
-            return self._site(node, *_bounds_of(layer), str(node.target))
+        kept = self._kept_analog(node)
+        if kind in ANALOG_LAYERS and (kept or (kind not in piecewise.LAYERS and not self._after_neurons(node))):
+            return self._real(node, partial(_not_in_place, layer))
+        if kind in piecewise.LAYERS:
+            return self._activation(node, piecewise.LAYERS[kind](layer, self.pieces), str(node.target), getattr(layer, "weight", None))
+        if kind is ReLU:
+            return self._activation(node, piecewise.clamped(0.0, layer.ceiling), str(node.target))
         if kind in LAYERS:
             return Verdict("analog")
         if kind in MAX_POOLS:
@@ -187,7 +213,7 @@ class _Classifier:
             return _batch_norm(layer)
         if isinstance(layer, NO_OPERATION_LAYERS):
             return Verdict("removed") if self.keep_dropout and isinstance(layer, DROPOUT_LAYERS) else self._removed(node)
-        if isinstance(layer, tuple(LAYERS) + BATCH_NORMS):
+        if kind not in ANALOG_LAYERS and isinstance(layer, (*LAYERS, *ANALOG_LAYERS, *BATCH_NORMS)):
             return refuse(name, f"{name} is a subclass of a supported layer and may compute something else", "use the base class")
         return refuse(name, f"{name} has no exact spiking form")
 
@@ -200,36 +226,97 @@ class _Classifier:
 
     def _call(self, node: fx.Node) -> Verdict:
         target, name = node.target, _function_name(node)
-        if target in RELU_FUNCTIONS:
-            return self._site(node, "relu", None)
-        if target is F.relu6:
-            return self._site(node, "relu6", 6.0)
-        if target in CLAMPS or target in HARDTANHS:
-            return self._clamp(node, name)
+        known = SPELLINGS.get(target)
+        kept = self._kept_analog(node)
+        if known and not known.affine and (kept or (name not in piecewise.FUNCTIONS and not self._after_neurons(node))):
+            return self._real(node, lambda: self._replace(node, partial(self._plain_call, node, known)))
+        if known and name in piecewise.FUNCTIONS:
+            return self._activation_call(node, name)
         if target in NO_OPERATIONS:
             return self._removed(node)
         if target in DROPOUTS:
-            return self._dropout(node)
+            return self._dropout(node, 2)
+        if getattr(target, "__module__", "") == STOCHASTIC_DEPTH:
+            return self._dropout(node, 3)
         if target in MAX_POOL_FUNCTIONS:
             return self._max_pool_call(node)
-        if target in SPELLINGS:
-            return self._function(node, SPELLINGS[target])
+        if known and known.affine:
+            return self._function(node, known)
         return refuse(name, f"{name}() has no exact spiking form")
 
-    def _clamp(self, node: fx.Node, name: str) -> Verdict:
-        defaults: dict[str, Any] = {"min_val": -1.0, "max_val": 1.0} if node.target in HARDTANHS else {"min": None, "max": None}
-        keys = tuple(defaults)
-        bounds: dict[str, Any] = (
-            defaults | dict(zip(keys, node.args[1:], strict=False)) | {k: v for k, v in node.kwargs.items() if k in keys}
-        )
-        low, high = bounds[keys[0]], bounds[keys[1]]
-        numbers = isinstance(low, (int, float)) and (high is None or isinstance(high, (int, float)))
-        if not numbers or low != 0 or (high is not None and not 0 < high < math.inf):
-            return refuse(name, f"clamps to [{low}, {high}]; only a lower bound of 0 is a neuron", "clamp at min=0")
-        return self._site(node, "relu" if high is None else "clamp", None if high is None else float(high))
+    def _after_neurons(self, node: fx.Node) -> bool:
+        return any(parent in self.spiking for parent in node.all_input_nodes)
 
-    def _dropout(self, node: fx.Node) -> Verdict:
-        training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
+    def _real(self, node: fx.Node, edit: Callable[[], object]) -> Verdict:
+        """A call that is computed on real values."""
+        if self._after_neurons(node):
+            return Verdict("synapse", "not affine: computed on running means, on real values at every step", edit=edit)
+        return Verdict("analog", edit=edit)
+
+    def _plain_call(self, node: fx.Node, function: Function) -> fx.Node:
+        args, kwargs = _without_in_place(node, function.name)
+        return self.graph.call_function(function.run, args, kwargs)
+
+    def _activation_call(self, node: fx.Node, name: str) -> Verdict:
+        args, kwargs = _without_in_place(node, name)
+        names, make = piecewise.FUNCTIONS[name]
+        values: dict[str, Any] = dict(zip(names, args[1:], strict=False)) | kwargs
+        if name == "prelu":
+            weight = values.get("weight")
+            if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+                return refuse(name, "its slopes are no parameter", "use nn.PReLU")
+            return self._activation(node, piecewise.leaky(0.0), "", weight)
+        if any(isinstance(value, fx.Node) for value in values.values()):
+            return refuse(name, "its bounds are computed in forward()", "use fixed numbers")
+        try:
+            return self._activation(node, make(self.pieces, **values))
+        except (TypeError, ValueError) as error:
+            return refuse(name, f"{name} with {values}: {error}")
+
+    def _activation(self, node: fx.Node, lines: Piecewise | None, module_name: str = "", slopes: Any = None) -> Verdict:
+        """A neuron, or several on straight lines."""
+        name = _operator(node, self.module)
+        if lines is None:
+            return refuse(name, "jumps, which no sum of ReLUs does", "let its value meet its threshold")
+        if not lines.pieces or not all(map(math.isfinite, (lines.constant, *(part for piece in lines.pieces for part in piece.numbers)))):
+            return refuse(name, "has bounds that make no activation", "clamp at min=0")
+        if lines.constant == 0 and slopes is None and len(lines.pieces) == 1 and lines.pieces[0].is_relu:
+            ceiling = lines.pieces[0].ceiling
+            function = "relu6" if "relu6" in name.lower() else "relu" if ceiling is None else "clamp"
+            return self._site(node, function, ceiling, module_name)
+        if problem := self._site_problem(node, name):
+            return problem
+
+        def edit() -> None:
+            if slopes is None:
+                node.meta[LINES] = lines
+            else:
+                self._replace(node, partial(self._with_slopes, node, slopes, module_name))
+                return
+            node.meta["module_name"] = module_name
+
+        count = len(lines.pieces) + (slopes is not None)
+        reason = f"a sum of {count} clamped ReLUs, " + (f"off by at most {lines.error:.2g}" if lines.error else "exact")
+        return Verdict("neuron", reason, edit=edit, error=lines.error)
+
+    def _with_slopes(self, node: fx.Node, slopes: Any, module_name: str) -> fx.Node:
+        """PReLU: relu(x) - slope * relu(-x), with learned slopes."""
+        call = self.graph.call_function
+        below = call(activate, (call(neg, (node.args[0],)),))
+        above = call(activate, (node.args[0],))
+        for site in (below, above):
+            site.meta.update(function="relu", ceiling=None, module_name=module_name)
+        weight = slopes if isinstance(slopes, Tensor) else attrgetter(str(slopes.target))(self.module)
+        channels = self.sizes.shapes[node.name][1]
+        affine = Affine(channels).to(weight)
+        with torch.no_grad():
+            affine.weight.copy_(-weight.expand(channels))
+        name = f"{node.name}_slopes"
+        self.module.add_submodule(name, affine.requires_grad_(False))
+        return call(add, (above, self.graph.call_module(name, (below,))))
+
+    def _dropout(self, node: fx.Node, place: int) -> Verdict:
+        training = node.args[place] if len(node.args) > place else node.kwargs.get("training", True)
         if training:
             reason = "is called with training=True and stays random in inference"
             return refuse("dropout", reason, "pass training=self.training, or use nn.Dropout")
@@ -259,6 +346,10 @@ class _Classifier:
         if problem:
             return refuse(function.name, *problem)
 
+        if function.name == "mul" and len([arg for arg in node.args if self._is_signal(arg)]) > 1 and self._after_neurons(node):
+            reason = "product of two signals: of running means, so that the mean is exact; multiplies at every step"
+            return Verdict("synapse", reason, edit=lambda: self._replace(node, partial(self._plain_call, node, function)))
+
         # The arguments are read when the edit runs: earlier edits will have replaced some of them.
         def make() -> fx.Node:
             if function.name == "reshape":
@@ -279,10 +370,8 @@ class _Classifier:
             return "uses the batch size as a value", "use a constant; time is folded into the batch"
         if name == "squeeze" and (len(node.args) + len(node.kwargs) < 2):
             return "drops the batch axis of a single sample", "name the axes, for example squeeze(-1)"
-        if name == "mul" and len(signals) > 1:
-            return "multiplies two signals", "gates have no exact spiking form; remove the gate and fine-tune"
         if name == "div" and isinstance(node.args[1], fx.Node) and node.args[1] in signals:
-            return "divides by a signal", "divide by a constant"
+            return None if self._kept_analog(node) else ("divides by a signal", "divide by a constant, or keep it analog")
         if (name == "linear" or name.startswith("conv")) and any(arg in signals for arg in parents[1:]):
             return "its weights depend on the input", "use fixed weights"
         if name in ("add", "sub") and node.kwargs.get("alpha", 1) != 1:
@@ -295,15 +384,21 @@ class _Classifier:
             return "reduces over the batch", "name the axes, for example mean((2, 3))"
         return None
 
+    def _is_signal(self, value: Any) -> bool:
+        return isinstance(value, fx.Node) and self.sizes.kinds[value.name] == "batched"
+
     # Edits
 
-    def _site(self, node: fx.Node, function: str, ceiling: float | None, module_name: str = "") -> Verdict:
-        if function == "":
-            return refuse("Hardtanh", "only a lower bound of 0 is a neuron", "use nn.Hardtanh(0, c) or nn.ReLU6")
+    def _site_problem(self, node: fx.Node, function: str) -> Verdict | None:
         if self.sizes.kinds[node.name] == "static":
             return refuse(function, "acts on a parameter, not on a signal", "compute it once, and keep the result as the parameter")
         if len(self.sizes.shapes.get(node.name, (0, 0))) < 2:
             return refuse(function, "acts on one number per sample without an axis of channels", "keep the axis: [B, 1]")
+        return None
+
+    def _site(self, node: fx.Node, function: str, ceiling: float | None, module_name: str = "") -> Verdict:
+        if problem := self._site_problem(node, function):
+            return problem
 
         def make() -> fx.Node:
             call = self.graph.call_function(activate, (node.args[0],))
@@ -350,15 +445,32 @@ class _Classifier:
         return call if axis is None else self.graph.call_function(FUNCTIONS["getitem"].run, (call, axis))
 
 
-def _bounds_of(layer: nn.Module) -> tuple[str, float | None]:
-    """(function, ceiling) of an activation module; ("", None) if its bounds make no neuron."""
-    if isinstance(layer, ReLU):
-        return ("relu", None) if layer.ceiling is None else ("clamp", layer.ceiling)
-    if isinstance(layer, nn.ReLU6):
-        return "relu6", 6.0
-    if isinstance(layer, nn.Hardtanh):
-        return ("clamp", float(layer.max_val)) if layer.min_val == 0 and layer.max_val > 0 else ("", None)
-    return "relu", None
+def _not_in_place(layer: Any) -> None:
+    if hasattr(layer, "inplace"):
+        layer.inplace = False
+
+
+IN_PLACE = {
+    "relu": 1,
+    "relu6": 1,
+    "silu": 1,
+    "hardswish": 1,
+    "mish": 1,
+    "selu": 1,
+    "hardsigmoid": 1,
+    "elu": 2,
+    "celu": 2,
+    "leaky_relu": 2,
+} | {
+    "hardtanh": 3,
+    "threshold": 3,
+}
+"""Place of the argument `inplace` of torch's functions."""
+
+
+def _without_in_place(node: fx.Node, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args = node.args[: IN_PLACE.get(name, len(node.args))]
+    return tuple(args), {key: value for key, value in node.kwargs.items() if key not in ("inplace", "_stacklevel")}
 
 
 def _batch_norm(layer: nn.Module) -> Verdict:

@@ -17,7 +17,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from quickspike.cli_options import DataArguments, DataOptions, Device, Json, ModelName, Weights, method_options, without_paths
+from quickspike.cli_options import (
+    ChoiceArguments,
+    Choices,
+    DataArguments,
+    DataOptions,
+    Device,
+    Json,
+    ModelName,
+    Weights,
+    method_options,
+    without_paths,
+)
 from quickspike.console import Tracked, dump, print_json, show, track
 from quickspike.version import __version__
 
@@ -88,6 +99,7 @@ def inspect(
         224,
     ),
     weights: Weights = None,
+    choices: ChoiceArguments = Choices(),  # noqa: B008 - frozen
     json: Json = False,
 ) -> None:
     """Report what of a network converts, what stays analog and what is refused, before anything is changed."""
@@ -101,7 +113,7 @@ def inspect(
     if not input or min(input) < 1:
         raise DataError(f"--input must be sizes >= 1, got {input}")
     example = torch.rand(1, *input, generator=torch.Generator().manual_seed(0))
-    coverage = inspect_model(load_model(model, weights), example)
+    coverage = inspect_model(load_model(model, weights), example, choices.analog, choices.pieces)
     if json:
         print_json(coverage.to_json())
     else:
@@ -131,20 +143,21 @@ class ConvertOptions:
 def _convert_command(method: type[Method]) -> Callable[..., None]:
     """The `convert` command with the options of one method."""
 
-    def convert(model: Any, data: Any, settings: Any, options: Any) -> None:
+    def convert(model: Any, data: Any, settings: Any, choices: Any, options: Any) -> None:
         """Convert a trained network with calibration images and save the spiking one."""
-        _convert(model, data, settings, dataclasses.asdict(options))
+        _convert(model, data, settings, choices, dataclasses.asdict(options))
 
     convert.__annotations__ = {
         "model": ModelName,
         "data": DataArguments,
         "settings": Annotated[ConvertOptions, tyro.conf.OmitArgPrefixes, Help(name="conversion")],
+        "choices": ChoiceArguments,
         "options": Annotated[method_options(method), tyro.conf.OmitArgPrefixes, Help(name="method")],
     }
     return convert
 
 
-def _convert(model: str, data: DataOptions, settings: ConvertOptions, options: dict[str, Any]) -> None:
+def _convert(model: str, data: DataOptions, settings: ConvertOptions, choices: Choices, options: dict[str, Any]) -> None:
     from quickspike.api import finish, fit
     from quickspike.data import ImageStream
     from quickspike.errors import DataError
@@ -163,7 +176,7 @@ def _convert(model: str, data: DataOptions, settings: ConvertOptions, options: d
     if images < 1:
         raise DataError(f"--calibration-images must be >= 1, got {images}")
     stream = ImageStream(Tracked(data_set.loader("train", limit=images), "calibrating"))
-    ann = fit(source, stream, chosen)
+    ann = fit(source, stream, chosen, analog=choices.analog, pieces=choices.pieces)
     snn = finish(ann, stream, chosen)
     statistics = dataclasses.asdict(data_set.statistics)
     snn.provenance.update(model=Path(model).name, data=Path(data.data).name, statistics=statistics)

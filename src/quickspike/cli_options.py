@@ -90,6 +90,22 @@ def method_options(method: type[Method]) -> type:
     return kind
 
 
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What becomes of operators that are no ReLU."""
+
+    analog: Annotated[
+        tuple[str, ...],
+        Help(metavar="PATTERN", help="names or operators to compute on real values at every step, for example 'head.*' LayerNorm"),
+    ] = ()
+    pieces: Annotated[
+        int, Help(metavar="N", help="straight lines, a group of neurons each, in place of a smooth activation [range: 2 to 64]")
+    ] = 16
+
+
+ChoiceArguments = Annotated[Choices, tyro.conf.OmitArgPrefixes]
+
+
 def without_paths(arguments: list[str]) -> list[str]:
     """Arguments as they would be given elsewhere: of absolute paths only the last part, also in --out=/a/b and npz:/a/b."""
     return [re.sub(r"^(--[\w-]+=|)(npz:|imagefolder:|)/(?:.*/)?([^/]+)/?$", r"\1\2\3", text) for text in arguments]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,15 +16,16 @@ from torch import Tensor, fx, nn
 from quickspike.errors import ConversionError, DataError, OptionError
 from quickspike.graph import Site, Traced, fold, swap
 from quickspike.method import Method
-from quickspike.neuron import MAX_STEPS, AccumulatedMaxPool, Neuron, Repeat, Surrogate, Timed, unfold
-from quickspike.operators import MAX_POOLS, shape
+from quickspike.neuron import MAX_STEPS, AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, Surrogate, Timed, unfold
+from quickspike.operators import ANALOG_LAYERS, MAX_POOLS, NOT_AFFINE, shape
 
 if TYPE_CHECKING:
     from quickspike.early_exit import Exit
     from quickspike.simulation import Run
 
-Signal = Literal["static", "constant", "timed"]
-"""static: no batch axis (weights, sizes); constant: the same at every step; timed: `[T*B, ...]`."""
+Signal = Literal["static", "constant", "timed", "mean"]
+"""static: no batch axis (weights, sizes); constant: the same at every step; timed: `[T*B, ...]`, spikes or currents of
+each step; mean: `[T*B, ...]`, the mean of all steps so far, see `RunningMean`."""
 
 
 class SpikingNetwork(nn.Module):
@@ -211,19 +213,18 @@ def to_spiking(ann: Traced, method: Method, provenance: Mapping[str, Any], surro
     ann = ann if ann.folded else fold(ann)
     module = ann.copy_module()
     like = next((tensor for tensor in module.parameters() if tensor.is_floating_point()), torch.empty(0))
-    signals: dict[fx.Node, Signal] = {}
+    time = _Time(module, method)
     names = {site.name: site for site in ann.sites}
     for node in list(module.graph.nodes):
-        signals[node] = _signal(node, signals, names)
-        if node.op == "call_module" and node.target in names:
-            site = names[str(node.target)]
-            constant = signals[node.args[0]] == "constant"
-            parameters = replace(method.neuron(site, ann.at(site)), averaged=method.waits(site))
-            module.set_submodule(site.name, Neuron(parameters, method.steps, constant, surrogate or method.surrogate()).to(like))
-        elif signals[node] == "timed" and node.op != "output":
-            _enter_time(module, node, signals, method)
+        site = names.get(str(node.target)) if node.op == "call_module" else None
+        if site is None:
+            time.enter(node)
+            continue
+        constant = time.feed(node)
+        parameters = replace(method.neuron(site, ann.at(site)), averaged=method.waits(site))
+        module.set_submodule(site.name, Neuron(parameters, method.steps, constant, surrogate or method.surrogate()).to(like))
     output = next(node for node in module.graph.nodes if node.op == "output")
-    if signals[output] != "timed":
+    if time.signals[output] != "timed":
         raise ConversionError(f"{ann.name}: the output does not depend on any neuron")
     module.graph.lint()
     # A new GraphModule holds its layers in the order of the graph, as every copy and every loaded network does.
@@ -231,33 +232,75 @@ def to_spiking(ann: Traced, method: Method, provenance: Mapping[str, Any], surro
     return SpikingNetwork(module, ann.sites, method.steps, ann.example_shape, method.to_json(), provenance)
 
 
-def _signal(node: fx.Node, known: Mapping[fx.Node, Signal], sites: Mapping[str, Site]) -> Signal:
-    if node.op == "placeholder":
-        return "constant"
-    if node.op == "get_attr" or node.target is shape:
-        return "static"
-    if node.op == "call_module" and node.target in sites:
-        return "timed"
-    parents = {known[parent] for parent in node.all_input_nodes}
-    if "timed" in parents:
-        return "timed"
-    return "constant" if "constant" in parents else "static"
+class _Time:
+    """Follows the signals through a graph, and puts in what leads from one kind to another."""
 
+    def __init__(self, module: fx.GraphModule, method: Method) -> None:
+        self.module, self.method = module, method
+        self.signals: dict[fx.Node, Signal] = {}
+        self.made: dict[tuple[fx.Node, type[Timed]], fx.Node] = {}
 
-def _enter_time(module: fx.GraphModule, node: fx.Node, signals: dict[fx.Node, Signal], method: Method) -> None:
-    """Let a timed node read timed operands only, and give max-pooling its state."""
-    for parent in node.all_input_nodes:
-        if signals[parent] == "constant":
-            name = _free_name(module, "repeat")
-            module.add_submodule(name, Repeat(method.steps))
-            with module.graph.inserting_before(node):
-                repeated = module.graph.call_module(name, (parent,))
-            signals[repeated] = "timed"
-            node.replace_input_with(parent, repeated)
-    pools = node.op == "call_module" and type(module.get_submodule(str(node.target))) in MAX_POOLS
-    if pools and not method.pools_spikes:
-        name = _free_name(module, str(node.target).replace(".", "_") + "_accumulated")
-        module.add_submodule(name, AccumulatedMaxPool(module.get_submodule(str(node.target)), method.steps))
+    def feed(self, neurons: fx.Node) -> bool:
+        """Let neurons read what they can; True if that is the same at every step."""
+        (parent,) = neurons.all_input_nodes
+        if self.signals[parent] == "mean":
+            self._through(Increment, neurons, parent)
+        self.signals[neurons] = "timed"
+        return self.signals[parent] == "constant"
+
+    def enter(self, node: fx.Node) -> None:
+        """Let a node that is no neuron read signals of one kind."""
+        kinds = {self.signals[parent] for parent in node.all_input_nodes}
+        layer = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if node.op == "placeholder":
+            self.signals[node] = "constant"
+        elif node.op == "get_attr" or node.target is shape:
+            self.signals[node] = "static"
+        elif not kinds & {"timed", "mean"}:
+            self.signals[node] = "constant" if "constant" in kinds else "static"
+        elif node.op == "output":
+            self._mix(node, "timed")
+        elif type(layer) in MAX_POOLS and kinds == {"timed"}:
+            if not self.method.pools_spikes:
+                self._accumulate(node)
+            self.signals[node] = "timed"
+        elif self._is_affine(node, layer) and "timed" in kinds:
+            self._mix(node, "timed")
+        else:
+            self._mix(node, "mean")
+
+    def _is_affine(self, node: fx.Node, layer: nn.Module | None) -> bool:
+        if layer is not None:
+            return type(layer) not in (*ANALOG_LAYERS, *MAX_POOLS)
+        if node.target in (operator.mul, operator.truediv):
+            factors = [arg for arg in node.args if isinstance(arg, fx.Node) and self.signals[arg] != "static"]
+            return len(factors) < 2 if node.target is operator.mul else node.args[1] not in factors
+        return node.target not in NOT_AFFINE
+
+    def _mix(self, node: fx.Node, kind: Signal) -> None:
+        """Let `node` read and give signals of one kind."""
+        for parent in node.all_input_nodes:
+            if self.signals[parent] == "constant":
+                self._through(Repeat, node, parent)
+            elif self.signals[parent] not in ("static", kind):
+                self._through(RunningMean if kind == "mean" else Increment, node, parent)
+        self.signals[node] = kind
+
+    def _through(self, layer: type[Timed], node: fx.Node, parent: fx.Node) -> None:
+        """Put a layer between `parent` and `node`; what others put there already serves again."""
+        key = parent, layer
+        if key not in self.made:
+            name = _free_name(self.module, layer.__name__.lower())
+            self.module.add_submodule(name, layer(self.method.steps))
+            with self.module.graph.inserting_after(parent):
+                self.made[key] = self.module.graph.call_module(name, (parent,))
+            self.signals[self.made[key]] = "mean" if layer is RunningMean else "timed"
+        node.replace_input_with(parent, self.made[key])
+
+    def _accumulate(self, node: fx.Node) -> None:
+        """Give max-pooling its state."""
+        name = _free_name(self.module, str(node.target).replace(".", "_") + "_accumulated")
+        self.module.add_submodule(name, AccumulatedMaxPool(self.module.get_submodule(str(node.target)), self.method.steps))
         node.target = name
 
 

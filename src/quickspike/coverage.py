@@ -37,6 +37,8 @@ class Finding:
     way_out: str = ""
     source: str = ""
     """File, line and text in the network's own code."""
+    error: float = 0.0
+    """Largest error of the straight lines that stand for an activation."""
 
     def sentence(self) -> str:
         """One line that says what, where, why and what to do."""
@@ -87,7 +89,12 @@ class Coverage:
         for status, meaning in MEANING.items():
             if counts[status]:
                 lines.append(f"  {counts[status]:4d} {status:<11} {meaning}")
-        return "\n".join(lines + self._refusals())
+        return "\n".join(lines + self._notes() + self._refusals())
+
+    def _notes(self) -> list[str]:
+        """What is no plain ReLU and no affine map, by operator: what becomes of it, and how often."""
+        notes = Counter((finding.operator, finding.reason) for finding in self.findings if finding.status in ("neuron", "synapse"))
+        return [f"  {operator} x{count}: {reason}" for (operator, reason), count in notes.items() if reason]
 
     def _refusals(self) -> list[str]:
         """The first refusal of each kind in full, and how many there are of each."""

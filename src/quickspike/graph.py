@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,8 @@ from quickspike.classify import activate, classify
 from quickspike.coverage import Coverage, Finding
 from quickspike.errors import TraceError
 from quickspike.operators import ReLU
-from quickspike.rewrite import fold_batch_norm, move_max_pools, remove_dropout
+from quickspike.piecewise import PIECES
+from quickspike.rewrite import fold_batch_norm, move_max_pools, put_lines, remove_dropout
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Site:
     name: str
     """Qualified name, for example `layer1.0.relu_2`; also the module's name in the traced and the spiking network."""
     function: str
-    """What stood there: relu, relu6 or clamp."""
+    """What stood there: relu, relu6 or clamp, or the activation that this is a piece of."""
     ceiling: float | None
     """Upper bound of the source activation (6 for relu6); None for a plain ReLU."""
     shape: tuple[int, ...]
@@ -73,7 +74,15 @@ class Traced:
         return copy.deepcopy(self.module, {id(self.at(site)): self.at(site) for site in self.sites})
 
 
-def trace(model: nn.Module, example: Tensor, *, trainable: bool = False, pools_in_front: bool = True) -> Traced:
+def trace(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    trainable: bool = False,
+    pools_in_front: bool = True,
+    analog: Sequence[str] = (),
+    pieces: int = PIECES,
+) -> Traced:
     """Copy `model`, record it as a graph, and find its activation sites.
 
     Args:
@@ -81,15 +90,19 @@ def trace(model: nn.Module, example: Tensor, *, trainable: bool = False, pools_i
         example: at least one input sample, `[B, ...]`, normalised as in training.
         trainable: keep batch norm and dropout layers as they are, so that the graph can be trained; `fold` ends that.
         pools_in_front: move max-pooling in front of the activation it follows.
+        analog: names (`head.*`) or operators (`LayerNorm`) of what shall be computed on real values, at every step; `*`
+            and `?` stand for any text and any letter.
+        pieces: straight lines that a smooth activation is approximated by, see `quickspike.piecewise`.
 
     Raises:
         UnsupportedOperatorError: names every operator that does not convert, with its line and the way out.
+        OptionError: a pattern of `analog` fits nothing, or pieces < 2.
         TraceError: the forward pass cannot be recorded, or the recording computes something else.
         DataError: the example is unusable.
     """
     captured = capture(model, example)
     sizes = measure(captured.module, captured.example)
-    coverage = classify(captured.module, sizes, captured.name, trainable)
+    coverage = classify(captured.module, sizes, captured.name, trainable, analog, pieces)
     coverage.raise_if_unsupported()
     if not coverage.having("neuron"):
         raise TraceError(f"{captured.name} holds no activation that could become a neuron (ReLU, ReLU6, clamp at 0)")
@@ -106,18 +119,19 @@ def fold(traced: Traced) -> Traced:
     return replace(traced, module=module, folded=True)
 
 
-def inspect(model: nn.Module, example: Tensor) -> Coverage:
+def inspect(model: nn.Module, example: Tensor, analog: Sequence[str] = (), pieces: int = PIECES) -> Coverage:
     """What `convert` would do with `model`: converted, analog, folded, removed, refused and why. Changes nothing.
 
     Raises:
         DataError: the example is unusable.
+        OptionError: a pattern of `analog` fits nothing, or pieces < 2.
     """
     name = type(model).__name__
     findings: tuple[Finding, ...] = ()
     try:
         captured = capture(model, example)
         sizes = measure(captured.module, captured.example)
-        coverage = classify(captured.module, sizes, captured.name)
+        coverage = classify(captured.module, sizes, captured.name, analog=analog, pieces=pieces)
         if not coverage.convertible:
             return coverage
         findings = coverage.findings
@@ -134,7 +148,7 @@ def _rewrite(captured: Captured, sizes: Sizes, folded: bool, pools_in_front: boo
         fold_batch_norm(captured.module, sizes)
     if pools_in_front:
         move_max_pools(captured.module)
-    calls = _name_sites(captured.module)
+    _name_sites(captured.module)
     recorder = run_recorded(captured.module, captured.example)
     if recorder.failed:
         raise TraceError(f"{captured.name}: the rewritten graph does not run at {recorder.failed[0]}: {recorder.failed[1]}")
@@ -143,11 +157,22 @@ def _rewrite(captured: Captured, sizes: Sizes, folded: bool, pools_in_front: boo
     noise = _noise(captured.example)
     with torch.no_grad():
         _verify(captured, captured.source(noise.clone()), captured.module(noise))
-    shapes = {call: recorder.values[call.name][1:] for call in calls}
+    # Approximations come in once the rest is proven right.
+    if put_lines(captured.module):
+        _name_sites(captured.module)
+        recorder = run_recorded(captured.module, captured.example)
     weighted = _weighted(captured.module)
     return tuple(
-        Site(str(call.target), call.meta["function"], call.meta["ceiling"], shapes[call], source_of(call), call not in weighted)
-        for call in calls
+        Site(
+            str(call.target),
+            call.meta["function"],
+            call.meta["ceiling"],
+            recorder.values[call.name][1:],
+            source_of(call),
+            call not in weighted,
+        )
+        for call in captured.module.graph.nodes
+        if isinstance(_site_module(captured.module, call), ReLU)
     )
 
 
@@ -174,9 +199,8 @@ def swap(traced: Traced, maker: Callable[[Site, nn.Module], nn.Module]) -> Trace
     return replace(traced, module=module)
 
 
-def _name_sites(module: fx.GraphModule) -> list[fx.Node]:
-    """Replace the placeholder calls of activate() by calls of named modules, and return these."""
-    calls = []
+def _name_sites(module: fx.GraphModule) -> None:
+    """Replace the placeholder calls of activate() by calls of named modules."""
     taken = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
     for node in [node for node in module.graph.nodes if node.target is activate]:
         name = _unique(_site_name(node), taken, module)
@@ -185,13 +209,11 @@ def _name_sites(module: fx.GraphModule) -> list[fx.Node]:
         with module.graph.inserting_before(node):
             call = module.graph.call_module(name, (node.args[0],))
         call.meta.update(node.meta)
-        calls.append(call)
         node.replace_all_uses_with(call)
         module.graph.erase_node(node)
     module.graph.lint()
     module.delete_all_unused_submodules()
     module.recompile()
-    return calls
 
 
 def _site_name(node: fx.Node) -> str:

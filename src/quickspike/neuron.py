@@ -411,6 +411,51 @@ class Repeat(Timed):
         return f"steps={self.steps}"
 
 
+def _single(x: Tensor) -> Tensor:
+    """In single precision at least: a count of steps has no place in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RunningMean(Timed):
+    """The mean of all inputs so far, `[T*B, ...]`: where a signal enters operators that are not affine.
+
+    Such an operator f looks at the mean m(t) of its input up to t; `Increment`, behind it, passes on
+    t f(m(t)) - (t-1) f(m(t-1)). The terms telescope: the outputs of T steps have the mean f(m(T)), without an error of
+    their own, whatever f is.
+    """
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def scan(self, x: Tensor, state: Any, steps: int) -> tuple[Tensor, Any]:
+        done, total = state or (0, 0.0)
+        sums = unfold(_single(x), steps).cumsum(0) + total
+        counts = torch.arange(done + 1, done + steps + 1, device=x.device, dtype=sums.dtype).view(-1, *(1,) * x.ndim)
+        return (sums / counts).flatten(0, 1).to(x), (done + steps, sums[-1])
+
+    def extra_repr(self) -> str:
+        return f"steps={self.steps}"
+
+
+class Increment(Timed):
+    """What makes the values `[T*B, ...]`, each for all steps so far, out of single steps; see `RunningMean`."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def scan(self, x: Tensor, state: Any, steps: int) -> tuple[Tensor, Any]:
+        values = unfold(_single(x), steps)
+        done, last = state or (0, torch.zeros_like(values[0]))
+        counts = torch.arange(done + 1, done + steps + 1, device=x.device, dtype=values.dtype).view(-1, *(1,) * x.ndim)
+        sums = values * counts
+        return torch.cat([sums[:1] - last, sums[1:] - sums[:-1]]).flatten(0, 1).to(x), (done + steps, sums[-1])
+
+    def extra_repr(self) -> str:
+        return f"steps={self.steps}"
+
+
 class AccumulatedMaxPool(Timed):
     """Max-pooling whose mean over time is the max-pooling of the mean.
 

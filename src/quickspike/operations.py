@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from quickspike.conversion import SpikingNetwork
 from quickspike.data import Batches, labelled_batches
 from quickspike.errors import ConversionError, DataError, OptionError
-from quickspike.neuron import AccumulatedMaxPool, Neuron, Repeat, Timed
-from quickspike.operators import FUNCTION_NAMES, Affine
+from quickspike.neuron import AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, Timed
+from quickspike.operators import ANALOG_LAYERS, FUNCTION_NAMES, NOT_AFFINE, Affine
 
 First = Literal["once", "every step"]
 """How often a layer that reads the image works: its input does not change, but hardware may compute it at every step."""
@@ -38,11 +38,12 @@ class Counts:
 
     name: str
     kind: str
-    """layer, join (where a residual connection meets currents), or neurons."""
+    """layer, join (where a residual connection meets currents), neurons, or analog (what is no affine map, on real values)."""
     dense: float = 0.0
     """Multiply-accumulates that the source network does here."""
     multiplies: float = 0.0
-    """Multiply-accumulates with real values."""
+    """Multiply-accumulates with real values; one for every value that an operator of kind analog gives, products of matrices
+    in full."""
     accumulates: float = 0.0
     """Additions that spikes cause."""
     biases: float = 0.0
@@ -167,6 +168,9 @@ class _Counter(fx.Interpreter):
         if isinstance(layer, AccumulatedMaxPool):
             spikes = inputs[0].analog is None
             return _Signal(value.ne(0).float() if spikes else None, None if spikes else torch.ones_like(value), True)
+        if isinstance(layer, (RunningMean, Increment)) or self._is_analog(n, layer):
+            self._real(n, layer, value, timed)
+            return _Signal(None, torch.ones_like(value), timed)
         ones = _ones(n, layer, self._constant)
         if ones is not None:
             self._layer(n, layer, ones, inputs[0], value)
@@ -185,6 +189,30 @@ class _Counter(fx.Interpreter):
         known = self.rows.setdefault((name, kind), {})
         for field, value in counts.items():
             known[field] = known.get(field, 0.0) + value
+
+    def _is_analog(self, n: fx.Node, layer: Any) -> bool:
+        factors = [arg for arg in n.args if isinstance(arg, fx.Node) and arg in self.signals]
+        product = FUNCTION_NAMES.get(n.target) in ("mul", "div") and len(factors) > 1
+        return type(layer) in ANALOG_LAYERS or n.target in NOT_AFFINE or product
+
+    def _real(self, n: fx.Node, layer: Any, value: Tensor, timed: bool) -> None:
+        """What works on real values, whatever comes in."""
+        inner = 1
+        if FUNCTION_NAMES.get(n.target) == "matmul":
+            inner = self._read(n.args[0]).shape[-1]
+        elif FUNCTION_NAMES.get(n.target) == "scaled_dot_product_attention":
+            inner = 2 * self._read(n.args[1]).shape[-2]
+        again = self.snn.steps if not timed and self.first == "every step" else 1
+        own = isinstance(layer, Timed)
+        self._count(
+            str(n.target) if layer is not None else n.name,
+            "analog",
+            dense=0.0 if own else float(value.numel() * inner) / (self.snn.steps if timed else 1),
+            multiplies=float(value.numel() * inner) * again,
+        )
+
+    def _read(self, argument: Any) -> Any:
+        return self.env[argument]
 
     def _neurons(self, n: fx.Node, layer: Neuron, signal: _Signal, value: Tensor) -> _Signal:
         self._arrive(str(n.target), signal.events)

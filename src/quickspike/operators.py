@@ -1,8 +1,8 @@
 """The operators a spiking network may hold, in one table.
 
 `trace` accepts nothing else, and a checkpoint can name nothing else: what is not listed here neither converts nor
-loads. All listed operators are affine in the signal, so that the mean over time steps of what they give is what they
-give for the mean (the only exceptions, neurons and max-pooling, have layers of their own in `neuron.py`).
+loads. Most are affine in the signal, so that the mean over time steps of what they give is what they give for the mean.
+The others (`ANALOG_LAYERS`, functions that are not `affine`) are computed on running means; see `RunningMean`.
 """
 
 from __future__ import annotations
@@ -81,6 +81,22 @@ LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
 }
 """Layer type -> the attributes that rebuild it (its constructor's keywords); weights travel apart."""
 
+ANALOG_LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.GroupNorm: ("num_groups", "num_channels", "eps", "affine"),
+    nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine"),
+    **dict.fromkeys((nn.Softmax, nn.LogSoftmax), ("dim",)),
+    **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Mish, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.SELU, nn.Hardsigmoid), ()),
+    nn.GELU: ("approximate",),
+    nn.Softplus: ("beta", "threshold"),
+    **dict.fromkeys((nn.ELU, nn.CELU), ("alpha",)),
+    nn.LeakyReLU: ("negative_slope",),
+    nn.PReLU: ("num_parameters",),
+    nn.Hardtanh: ("min_val", "max_val"),
+    nn.Softshrink: ("lambd",),
+    nn.Threshold: ("threshold", "value"),
+}
+"""Layers that are not affine: computed once in front of the first neuron, and behind it on running means."""
+
 MAX_POOLS: dict[type[nn.Module], tuple[str, ...]] = {
     **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), ("kernel_size", "stride", "padding", "dilation", "ceil_mode")),
     **dict.fromkeys((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d), ("output_size",)),
@@ -101,11 +117,22 @@ class Function:
     name: str
     run: Callable[..., Any]
     spellings: tuple[Any, ...] = ()
+    affine: bool = True
+    """In the signal. Products are affine as long as only one factor is a signal."""
+
+
+_ACTIVATIONS = (
+    *("silu", "hardswish", "gelu", "mish", "softplus", "logsigmoid", "selu", "hardsigmoid", "elu", "celu", "leaky_relu"),
+    *("hardtanh", "softshrink", "threshold"),
+)
 
 
 def _functions() -> tuple[Function, ...]:
     def same(name: str, *more: Any) -> Function:
         return Function(name, getattr(torch, name), (getattr(torch, name), name, *more))
+
+    def analog(name: str, run: Callable[..., Any], *more: Any) -> Function:
+        return Function(name, run, (run, name, f"{name}_", *more), affine=False)
 
     pools = [(f"{kind}avg_pool{n}d", getattr(F, f"{kind}avg_pool{n}d")) for n in (1, 2, 3) for kind in ("", "adaptive_")]
     pools_of_torch = {"avg_pool1d": torch.avg_pool1d, "adaptive_avg_pool1d": torch.adaptive_avg_pool1d}
@@ -137,6 +164,24 @@ def _functions() -> tuple[Function, ...]:
         same("narrow"),
         *(Function(name, run, (run, pools_of_torch.get(name, run))) for name, run in pools),
         *(Function(name, run, (run, getattr(torch, name))) for name, run in convolutions),
+        analog("relu", torch.relu, F.relu, torch.relu_),
+        Function("relu6", F.relu6, (F.relu6,), affine=False),
+        analog("clamp", torch.clamp, torch.clamp_, torch.clip, torch.clip_, "clip", "clip_"),
+        analog("clamp_min", torch.clamp_min, torch.clamp_min_),
+        analog("clamp_max", torch.clamp_max, torch.clamp_max_),
+        analog("sigmoid", torch.sigmoid, F.sigmoid, torch.sigmoid_),
+        analog("tanh", torch.tanh, F.tanh, torch.tanh_),
+        analog("softmax", torch.softmax, F.softmax),
+        analog("log_softmax", torch.log_softmax, F.log_softmax),
+        *(Function(name, getattr(F, name), (getattr(F, name), getattr(F, f"{name}_", name)), affine=False) for name in _ACTIVATIONS),
+        *(Function(name, getattr(F, name), (getattr(F, name),), affine=False) for name in ("layer_norm", "group_norm", "normalize")),
+        analog("prelu", torch.prelu, F.prelu),
+        *(analog(name, getattr(torch, name)) for name in ("exp", "log", "sqrt", "rsqrt", "abs", "square", "erf")),
+        analog("pow", torch.pow, operator.pow, operator.ipow),
+        *(Function(name, getattr(torch, name), (getattr(torch, name), name), affine=False) for name in ("amax", "amin", "logsumexp")),
+        *(Function(name, getattr(torch, name), (getattr(torch, name), name), affine=False) for name in ("maximum", "minimum")),
+        Function("matmul", torch.matmul, (torch.matmul, operator.matmul, "matmul", torch.bmm, "bmm"), affine=False),
+        Function("scaled_dot_product_attention", F.scaled_dot_product_attention, (F.scaled_dot_product_attention,), affine=False),
     )
 
 
@@ -146,11 +191,17 @@ SPELLINGS: dict[Any, Function] = {spelling: function for function in FUNCTIONS.v
 
 FUNCTION_NAMES: dict[Any, str] = {function.run: function.name for function in FUNCTIONS.values()}
 
+NOT_AFFINE = frozenset(function.run for function in FUNCTIONS.values() if not function.affine)
+"""What runs for functions that are not affine, whatever their arguments."""
+
 NO_OPERATIONS = ("contiguous", "clone", "detach", torch.clone, torch.detach)
 """Functions and methods that change nothing in inference."""
 
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 """Nothing in inference, but only if called with training=False: their default is to stay active."""
+
+STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth"
+"""Module of a function that drops whole branches; likewise, but its fourth argument says so. Not imported for its sake."""
 
 MAX_POOL_FUNCTIONS: dict[Any, type[nn.Module]] = {
     F.max_pool1d: nn.MaxPool1d,
@@ -171,8 +222,8 @@ def layer_arguments(layer: nn.Module) -> dict[str, Any]:
     Raises:
         KeyError: the layer's exact type is not listed (a subclass may compute something else).
     """
-    names = (LAYERS | MAX_POOLS)[type(layer)]
+    names = (LAYERS | MAX_POOLS | ANALOG_LAYERS)[type(layer)]
     arguments = {name: getattr(layer, name) for name in names}
-    if type(layer) is nn.Linear or any(name == "in_channels" for name in names):
+    if type(layer) in (nn.Linear, nn.LayerNorm) or any(name == "in_channels" for name in names):
         arguments["bias"] = layer.bias is not None
     return arguments

@@ -1,7 +1,12 @@
-"""Exact rewritings of a canonical graph: batch norm folded, max-pooling moved in front of the activation."""
+"""Rewritings of a canonical graph.
+
+Batch norm folded and max-pooling moved in front of the activation are exact; sums of ReLUs take the place of other
+activations.
+"""
 
 from __future__ import annotations
 
+from operator import add, mul, neg
 from typing import Any, cast
 
 import torch
@@ -9,8 +14,9 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from quickspike.capture import Sizes
-from quickspike.classify import BATCH_NORMS, activate
+from quickspike.classify import BATCH_NORMS, LINES, activate
 from quickspike.operators import DROPOUT_LAYERS, MAX_POOLS, Affine
+from quickspike.piecewise import Piecewise
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -127,3 +133,34 @@ def _dimensions(module: fx.GraphModule, pool: fx.Node) -> int:
 
 def _axis(cat: fx.Node) -> object:
     return cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", cat.kwargs.get("axis", 0))
+
+
+def put_lines(module: fx.GraphModule) -> bool:
+    """Replace every activation that is a sum of pieces by that sum, a placeholder call for each; True if there was one."""
+    found = [node for node in module.graph.nodes if LINES in node.meta]
+    for node in found:
+        lines: Piecewise = node.meta[LINES]
+        with module.graph.inserting_before(node):
+            total = _sum_of(module.graph, node, lines)
+        node.replace_all_uses_with(total)
+        module.graph.erase_node(node)
+    module.recompile()
+    return bool(found)
+
+
+def _sum_of(graph: fx.Graph, node: fx.Node, lines: Piecewise) -> fx.Node:
+    kept = {key: value for key, value in node.meta.items() if key in ("stack_trace", "nn_module_stack", "module_name")}
+    signs: dict[int, Any] = {1: node.args[0]}
+    total: Any = None
+    for piece in lines.pieces:
+        if piece.sign not in signs:
+            signs[-1] = graph.call_function(neg, (node.args[0],))
+        x, shift = signs[piece.sign], -piece.sign * piece.start
+        if shift:
+            x = graph.call_function(add, (x, shift))
+        part = graph.call_function(activate, (x,))
+        part.meta.update(kept, function=lines.name, ceiling=piece.ceiling)
+        if piece.weight != 1:
+            part = graph.call_function(mul, (part, piece.weight))
+        total = part if total is None else graph.call_function(add, (total, part))
+    return graph.call_function(add, (total, lines.constant)) if lines.constant else cast(fx.Node, total)

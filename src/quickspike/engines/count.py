@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from quickspike.conversion import SpikingNetwork
 from quickspike.errors import OptionError
-from quickspike.neuron import AccumulatedMaxPool, Neuron, Repeat
+from quickspike.neuron import AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean
 
 MOST = 255
 """Largest number of steps: counts are bytes."""
@@ -64,6 +64,8 @@ def sum_over_steps(snn: SpikingNetwork) -> None:
             continue
         elif node.op == "output":
             _divide(module, node, snn.steps)
+        elif isinstance(layer, (RunningMean, Increment)):
+            raise OptionError(f"the count engine adds up whole spikes, but {node.name} is in front of real values")
         elif isinstance(layer, AccumulatedMaxPool):
             module.set_submodule(str(node.target), layer.pool)
         elif getattr(layer, "bias", None) is not None and str(node.target) not in seen:
