@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from quickspike.errors import DataError, TraceError
+from quickspike.exported import record_exported
 
 _OWN = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}")
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<where>\S+)\n\s*(?P<text>[^\n]*)')
@@ -55,11 +57,12 @@ def capture(model: nn.Module, example: Tensor) -> Captured:
     example = example.detach()[:1].to(device=None if parameter is None else parameter.device)
     # A network may change its input in place; the caller's images must survive that.
     expected = _run_source(private, example.clone(), name)
-    graph = _record(private, name)
-    module = fx.GraphModule(private, graph, name)
+    module = _recorded(private, example, name)
     _positional(module.graph)
     _make_functional(module)
     _drop_asserts(module)
+    _fold_constants(module)
+    _name_batch_norms(module)
     return Captured(module, private, example, expected, name)
 
 
@@ -132,6 +135,21 @@ def _run_source(private: nn.Module, example: Tensor, name: str) -> Tensor:
     if not isinstance(expected, Tensor):
         raise TraceError(f"{name} returns a {type(expected).__name__}. Way out: wrap it so that it returns one tensor [B, ...]")
     return expected
+
+
+def _recorded(private: nn.Module, example: Tensor, name: str) -> fx.GraphModule:
+    """By torch.fx, which keeps the network's own layers; by torch.export where that cannot follow."""
+    try:
+        return fx.GraphModule(private, _record(private, name), name)
+    except TraceError as error:
+        if " inputs. Way out" in str(error):
+            raise
+        try:
+            return record_exported(private, example, name)
+        except Exception as second:
+            reason, _, way_out = str(error).partition(". Way out: ")
+            also = f"{reason}; nor by torch.export: {_first_line(second)}"
+            raise TraceError(f"{also}. Way out: {way_out}") from second
 
 
 def _record(private: nn.Module, name: str) -> fx.Graph:
@@ -253,6 +271,107 @@ def _drop_asserts(module: fx.GraphModule) -> None:
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     module.recompile()
+
+
+# What depends on parameters alone, and batch norm spelt as a function
+
+
+def _fold_constants(module: fx.GraphModule) -> None:
+    """Compute once what does not depend on the input: standardised weights, tensors made in forward()."""
+    dependent = set[fx.Node]()
+    for node in module.graph.nodes:
+        if node.op in ("placeholder", "output", "call_module") or any(parent in dependent for parent in node.all_input_nodes):
+            dependent.add(node)
+    runner = fx.Interpreter(module, garbage_collect_values=False)
+    for node in [node for node in module.graph.nodes if node not in dependent]:
+        with torch.no_grad():
+            value = runner.env[node] = runner.run_node(node)
+        if node.op == "get_attr" or not isinstance(value, Tensor) or not any(user in dependent for user in node.users):
+            continue
+        learned = any(isinstance(value, nn.Parameter) for value in _ancestors(node, runner.env))
+        name = _free_name(module, f"{node.name}_constant")
+        if learned and value.is_floating_point():
+            module.register_parameter(name, nn.Parameter(value.clone(), requires_grad=False))
+        else:
+            module.register_buffer(name, value.clone())
+        with module.graph.inserting_before(node):
+            node.replace_all_uses_with(module.graph.get_attr(name))
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _ancestors(node: fx.Node, values: Mapping[fx.Node, Any]) -> list[Any]:
+    """Values that a node's value is made of."""
+    seen, waiting = set[fx.Node](), [node]
+    while waiting:
+        for parent in waiting.pop().all_input_nodes:
+            if parent not in seen:
+                seen.add(parent)
+                waiting.append(parent)
+    return [values[parent] for parent in seen]
+
+
+def _free_name(module: nn.Module, base: str) -> str:
+    number, name = 1, base
+    while hasattr(module, name):
+        number += 1
+        name = f"{base}_{number}"
+    return name
+
+
+_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+
+def _name_batch_norms(module: fx.GraphModule) -> None:
+    """F.batch_norm() with running statistics of its own as the layer, which folds."""
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target not in (F.batch_norm, torch.batch_norm):
+            continue
+        # torch.batch_norm has the weights in front of the statistics.
+        order = _BATCH_NORM if node.target is F.batch_norm else (_BATCH_NORM[0], *_BATCH_NORM[3:5], *_BATCH_NORM[1:3], *_BATCH_NORM[5:])
+        values: dict[str, Any] = {"weight": None, "bias": None, "training": False, "eps": 1e-5}
+        values |= dict(zip(order, node.args, strict=False)) | node.kwargs
+        tensors = {name: _attribute(module, values[name]) for name in ("running_mean", "running_var", "weight", "bias")}
+        if values["training"] or not isinstance(tensors["running_mean"], Tensor) or _MISSING in tensors.values():
+            continue
+        with module.graph.inserting_before(node):
+            layer = _batch_norm_of(tensors, float(values["eps"]))
+            name = _free_name(module, f"{node.name}_layer")
+            module.add_submodule(name, layer)
+            call = module.graph.call_module(name, (values["input"],))
+        call.meta.update(node.meta)
+        node.replace_all_uses_with(call)
+        module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+_MISSING = object()
+
+
+def _attribute(module: nn.Module, value: Any) -> Any:
+    """The tensor that a node reads from the network; None for None."""
+    if value is None:
+        return None
+    return operator.attrgetter(str(value.target))(module) if isinstance(value, fx.Node) and value.op == "get_attr" else _MISSING
+
+
+def _batch_norm_of(tensors: Mapping[str, Any], eps: float) -> nn.Module:
+    mean, variance, weight, bias = (tensors[name] for name in ("running_mean", "running_var", "weight", "bias"))
+    # Any number of axes: the layer's own check is of no use here.
+    layer = AnyBatchNorm(mean.numel(), eps, affine=weight is not None).to(mean).eval().requires_grad_(False)
+    layer.running_mean, layer.running_var = mean, variance
+    if weight is not None:
+        layer.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, False)
+        bias = torch.zeros_like(mean) if bias is None else bias
+        layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, False)
+    return layer
+
+
+class AnyBatchNorm(nn.BatchNorm2d):
+    """Batch norm of `[B, C, ...]` with any number of further axes."""
+
+    def _check_input_dim(self, input: Tensor) -> None: ...
 
 
 # Which values follow the batch: the graph is run on batches of two and of three samples.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quickspike import piecewise
-from quickspike.capture import Sizes, scope_of, source_of
+from quickspike.capture import AnyBatchNorm, Sizes, scope_of, source_of
 from quickspike.coverage import Coverage, Finding, Status
 from quickspike.errors import OptionError
 from quickspike.operators import (
@@ -35,7 +35,7 @@ from quickspike.operators import (
 )
 from quickspike.piecewise import PIECES, Piecewise
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, AnyBatchNorm)
 LINES = "lines"
 """Key of a node's meta: the sum of pieces that its activation becomes."""
 
@@ -293,7 +293,7 @@ class _Classifier:
             else:
                 self._replace(node, partial(self._with_slopes, node, slopes, module_name))
                 return
-            node.meta["module_name"] = module_name
+            node.meta["module_name"] = module_name or node.meta.get("module_name", "")
 
         count = len(lines.pieces) + (slopes is not None)
         reason = f"a sum of {count} clamped ReLUs, " + (f"off by at most {lines.error:.2g}" if lines.error else "exact")
@@ -355,7 +355,7 @@ class _Classifier:
             if function.name == "reshape":
                 return self.graph.call_function(function.run, _reshape_args(node, self.sizes))
             # The arithmetic of the operator module takes no keywords; alpha=1 and rounding_mode=None may be left out.
-            kwargs = {} if function.run.__module__ == "_operator" else dict(node.kwargs)
+            kwargs = {} if getattr(function.run, "__module__", "") == "_operator" else dict(node.kwargs)
             return self.graph.call_function(function.run, _plain_args(node, function.name), kwargs)
 
         return Verdict("analog", edit=lambda: self._replace(node, make))
@@ -402,7 +402,7 @@ class _Classifier:
 
         def make() -> fx.Node:
             call = self.graph.call_function(activate, (node.args[0],))
-            call.meta.update(function=function, ceiling=ceiling, module_name=module_name)
+            call.meta.update(function=function, ceiling=ceiling, module_name=module_name or node.meta.get("module_name", ""))
             return call
 
         return Verdict("neuron", edit=lambda: self._replace(node, make))
