@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from quickspike.method import Method, register
     from quickspike.neuron import Surrogate
     from quickspike.operations import count_operations
+    from quickspike.pooling import replace_max_pool
     from quickspike.quantisation import quantise
     from quickspike.searching import search
     from quickspike.simulation import Run, simulate
@@ -47,6 +48,7 @@ _HOMES = {
     "register": "method",
     "Surrogate": "neuron",
     "count_operations": "operations",
+    "replace_max_pool": "pooling",
     "quantise": "quantisation",
     "search": "searching",
     "Run": "simulation",
@@ -74,6 +76,7 @@ __all__ = [
     "methods",
     "quantise",
     "register",
+    "replace_max_pool",
     "search",
     "simulate",
     "trace",

@@ -81,7 +81,8 @@ def convert(
             method is calibrated only.
         analog: names (`head.*`) or operators (`LayerNorm`) of what is computed on real values at every step, see `trace`.
         pieces: straight lines that a smooth activation is approximated by.
-        **options: options of the named method, for example `steps=8`.
+        **options: options of the named method, for example `steps=8`; `sites={"layer1.*": {"initial": 0.0}}` for some at
+            some sites only.
 
     Returns:
         The spiking network, in evaluation mode.
@@ -134,7 +135,7 @@ def fit(
 
 def finish(ann: Traced, images: ImageStream, method: Method, surrogate: Surrogate | None = None) -> SpikingNetwork:
     """The spiking side of a conversion: neurons at the sites of a fitted network, adjusted on images."""
-    provenance = {"source": ann.name, "calibration_images": images.samples, "versions": versions()}
+    provenance = {"source": ann.name, "calibration_images": images.samples, "versions": versions(), **ann.choices}
     logger.info("%s: %d sites, %s, %d images", ann.name, len(ann.sites), method, images.samples)
     snn = to_spiking(ann, method, provenance, surrogate).eval()
     method.adjust(snn, images)

@@ -25,6 +25,8 @@ from quickspike.cli_options import (
     Device,
     Json,
     ModelName,
+    SiteArguments,
+    SiteChoices,
     Weights,
     method_options,
     without_paths,
@@ -151,22 +153,22 @@ def _convert_command(method: type[Method]) -> Callable[..., None]:
         "model": ModelName,
         "data": DataArguments,
         "settings": Annotated[ConvertOptions, tyro.conf.OmitArgPrefixes, Help(name="conversion")],
-        "choices": ChoiceArguments,
+        "choices": SiteArguments,
         "options": Annotated[method_options(method), tyro.conf.OmitArgPrefixes, Help(name="method")],
     }
     return convert
 
 
-def _convert(model: str, data: DataOptions, settings: ConvertOptions, choices: Choices, options: dict[str, Any]) -> None:
+def _convert(model: str, data: DataOptions, settings: ConvertOptions, choices: SiteChoices, options: dict[str, Any]) -> None:
     from quickspike.api import finish, fit
     from quickspike.data import ImageStream
     from quickspike.errors import DataError
     from quickspike.evaluation import make_fabric
     from quickspike.files import check_writable
-    from quickspike.method import create
+    from quickspike.method import create, get
     from quickspike.models import load_model
 
-    chosen = create(settings.method, **options)
+    chosen = create(settings.method, **options, sites=choices.sites(get(settings.method)))
     check_writable(settings.out)
     source = make_fabric(settings.device).to_device(load_model(model, settings.weights))
     data_set = data.load()

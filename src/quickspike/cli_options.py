@@ -92,7 +92,7 @@ def method_options(method: type[Method]) -> type:
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """What becomes of operators that are no ReLU."""
+    """What becomes of single operators and sites."""
 
     analog: Annotated[
         tuple[str, ...],
@@ -103,6 +103,30 @@ class Choices:
     ] = 16
 
 
+@dataclasses.dataclass(frozen=True)
+class SiteChoices(Choices):
+    """The same where a method is at hand."""
+
+    at: Annotated[
+        tuple[str, ...],
+        Help(metavar="PATTERN:OPTION=VALUE", help="an option of the method at some sites only, for example 'layer1.*:initial=0'"),
+    ] = ()
+
+    def sites(self, method: type[Method]) -> dict[str, dict[str, Any]]:
+        """Options by pattern, as methods take them."""
+        from quickspike.errors import OptionError
+        from quickspike.options import parsed
+
+        found: dict[str, dict[str, Any]] = {}
+        for text in self.at:
+            match = re.fullmatch(r"([^:]+):(\w+)=(.*)", text)
+            if match is None:
+                raise OptionError(f"--at takes PATTERN:OPTION=VALUE, got {text!r}")
+            found.setdefault(match[1], {})[match[2]] = parsed(method, match[2], match[3])
+        return found
+
+
+SiteArguments = Annotated[SiteChoices, tyro.conf.OmitArgPrefixes]
 ChoiceArguments = Annotated[Choices, tyro.conf.OmitArgPrefixes]
 
 

@@ -192,10 +192,14 @@ def prepare(traced: Traced, method: Method) -> Traced:
     """A copy of `traced` with the method's activation at every site, on the network's device.
 
     Ceilings are in single precision at least: half precision would round them by up to 0.4 %.
+
+    Raises:
+        OptionError: options for sites that the network does not have.
     """
     like = next((tensor for tensor in traced.module.parameters() if tensor.is_floating_point()), torch.empty(0))
     dtype = torch.promote_types(like.dtype, torch.float32)
-    return swap(traced, lambda site, _: method.activation(site).to(like.device, dtype))
+    method.check_sites(traced.sites)
+    return swap(traced, lambda site, _: method.at(site).activation(site).to(like.device, dtype))
 
 
 def to_spiking(ann: Traced, method: Method, provenance: Mapping[str, Any], surrogate: Surrogate | None = None) -> SpikingNetwork:
@@ -221,7 +225,8 @@ def to_spiking(ann: Traced, method: Method, provenance: Mapping[str, Any], surro
             time.enter(node)
             continue
         constant = time.feed(node)
-        parameters = replace(method.neuron(site, ann.at(site)), averaged=method.waits(site))
+        here = method.at(site)
+        parameters = replace(here.neuron(site, ann.at(site)), averaged=here.waits(site))
         module.set_submodule(site.name, Neuron(parameters, method.steps, constant, surrogate or method.surrogate()).to(like))
     output = next(node for node in module.graph.nodes if node.op == "output")
     if time.signals[output] != "timed":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -59,6 +60,8 @@ class Traced:
     """Of one input sample, without the batch axis."""
     folded: bool = True
     """False while batch norm and dropout stand in the graph, for training."""
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    """What the user decided about single operators, as plain data."""
 
     @property
     def name(self) -> str:
@@ -107,7 +110,10 @@ def trace(
     if not coverage.having("neuron"):
         raise TraceError(f"{captured.name} holds no activation that could become a neuron (ReLU, ReLU6, clamp at 0)")
     sites = _rewrite(captured, sizes, not trainable, pools_in_front)
-    return Traced(captured.module, sites, coverage, tuple(captured.example.shape[1:]), folded=not trainable)
+    choices: dict[str, Any] = {"analog": list(analog)} if analog else {}
+    if any(finding.error for finding in coverage.findings):
+        choices["pieces"] = pieces
+    return Traced(captured.module, sites, coverage, tuple(captured.example.shape[1:]), not trainable, choices)
 
 
 def fold(traced: Traced) -> Traced:

@@ -6,7 +6,8 @@ import abc
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -48,6 +49,8 @@ class Method(abc.ABC):
 
     name: ClassVar[str]
     paper: ClassVar[Paper]
+    per_site: ClassVar[tuple[str, ...]] = ("synchronous",)
+    """Options that may differ from site to site; a method adds those that only `activation` and `neuron` look at."""
 
     steps: int = option(8, "time steps the spiking network runs for", unit="steps", low=1, high=MAX_STEPS)
     synchronous: bool = option(
@@ -55,8 +58,33 @@ class Method(abc.ABC):
         "every layer waits for the whole window of the one before and integrates its mean: no error from spike order, depth x T steps",
     )
 
+    sites: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
+    """Options at some sites only, by a pattern of their names: {"layer1.*": {"initial": 0.0}}; the last that fits wins."""
+
     def __post_init__(self) -> None:
         validate(self)
+        for pattern, options in self.sites.items():
+            for key in options:
+                if key not in self.per_site:
+                    raise OptionError(
+                        f"{self.name}: {key} cannot differ from site to site ({pattern!r}); these can: {', '.join(self.per_site)}"
+                    )
+            self._with(options)
+
+    def at(self, site: Site) -> Method:
+        """The method as it is at one site."""
+        return self._with(
+            {key: value for pattern, options in self.sites.items() if fnmatchcase(site.name, pattern) for key, value in options.items()}
+        )
+
+    def _with(self, options: Mapping[str, Any]) -> Method:
+        return dataclasses.replace(self, sites={}, **options)
+
+    def check_sites(self, sites: Sequence[Site]) -> None:
+        """Raise OptionError if a pattern of `sites` fits none of these."""
+        for pattern in self.sites:
+            if not any(fnmatchcase(site.name, pattern) for site in sites):
+                raise OptionError(f"{self.name}: sites={pattern!r} fits no site; sites: {', '.join(site.name for site in sites)}")
 
     @property
     def pools_spikes(self) -> bool:
@@ -102,7 +130,10 @@ class Method(abc.ABC):
 
     def to_json(self) -> dict[str, Any]:
         """Name and options as plain data; `from_json` gives the same method back."""
-        return {"name": self.name, "options": dataclasses.asdict(self)}
+        options = dataclasses.asdict(self)
+        if not self.sites:
+            del options["sites"]
+        return {"name": self.name, "options": options}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Method:
@@ -162,7 +193,7 @@ def create(name: str, **options: Any) -> Method:
     """
     cls = get(name)
     known = options_of(cls)
-    for key in options:
+    for key in options.keys() - {"sites"}:
         if key not in known:
             raise OptionError(str(UnknownNameError(f"option of {name}", key, known)))
     return cls(**options)

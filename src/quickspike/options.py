@@ -82,6 +82,24 @@ def validate(owner: Any) -> None:
             raise OptionError(f"{getattr(owner, 'name', type(owner).__name__)}: {name} must be {rule}, got {value!r}")
 
 
+def parsed(owner: Any, name: str, text: str) -> Any:
+    """The value of an option that is written as text.
+
+    Raises:
+        OptionError: there is no such option, or the text is no value of its kind.
+    """
+    known = options_of(owner)
+    if name not in known:
+        raise OptionError(f"{getattr(owner, 'name', owner)} has no option {name!r}; options: {', '.join(known)}")
+    kind = known[name][1]
+    choices = {"true": True, "false": False} if kind is bool else {str(choice): choice for choice in typing.get_args(kind)}
+    try:
+        return choices[text] if choices else kind(text)
+    except (KeyError, ValueError):
+        expected = f"one of {', '.join(choices)}" if choices else "a whole number" if kind is int else "a number"
+        raise OptionError(f"{getattr(owner, 'name', owner)}: {name} must be {expected}, got {text!r}") from None
+
+
 def _broken_rule(value: Any, kind: Any, declared: Option) -> str:
     if typing.get_origin(kind) is typing.Literal:
         choices = typing.get_args(kind)

@@ -39,6 +39,10 @@ class ThresholdBalancing(Method):
         2025,
         "2409.03368",
     )
+    per_site: ClassVar[tuple[str, ...]] = (
+        *Method.per_site,
+        *("ceiling", "granularity", "percentile", "updates", "rate", "scale", "initial"),
+    )
 
     ceiling: Literal["balanced", "squared_error", "percentile"] = option(
         "squared_error",
