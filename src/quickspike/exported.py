@@ -42,6 +42,13 @@ _SAME: dict[str, Any] = {
     "mul.Scalar": operator.mul,
     "div.Scalar": operator.truediv,
     "pow.Tensor_Scalar": torch.pow,
+    "relu6": F.relu6,
+    "log_sigmoid": F.logsigmoid,
+    "adaptive_max_pool1d": F.adaptive_max_pool1d,
+    "adaptive_max_pool2d": F.adaptive_max_pool2d,
+    "adaptive_max_pool3d": F.adaptive_max_pool3d,
+    "max_pool2d_with_indices": F.max_pool2d,
+    "max_pool3d_with_indices": F.max_pool3d,
     "clamp": torch.clamp,
     "clamp_min": torch.clamp_min,
     "clamp_max": torch.clamp_max,
@@ -73,6 +80,10 @@ _SAME: dict[str, Any] = {
     "linear": F.linear,
 }
 _NOTHING = ("contiguous", "clone", "detach", "detach_", "alias", "lift_fresh_copy", "dropout", "feature_dropout", "alpha_dropout")
+
+
+_FIRST_OF_SEVERAL = ("_native_batch_norm", "adaptive_max_pool", "max_pool2d_with", "max_pool3d_with")
+"""Operators that give something else besides, where the function that takes their place gives one value."""
 
 
 def record_exported(private: nn.Module, example: Tensor, name: str) -> fx.GraphModule:
@@ -134,7 +145,7 @@ class _Reader:
             return None
         if name.partition(".")[0] in _NOTHING:
             return self._value(node.args[0])
-        if node.target is operator.getitem and "batch_norm" in _name_of(node.args[0].target):
+        if node.target is operator.getitem and node.args[1] == 0 and _name_of(node.args[0].target).startswith(_FIRST_OF_SEVERAL):
             return self.nodes[node.args[0]]
         special = _SPECIAL.get(name.partition(".")[0])
         if special is not None and (made := special(self, node, *node.args, **node.kwargs)) is not None:
