@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import quickspike as qs
-from quickspike.errors import OptionError, UnsupportedOperatorError
+from quickspike.errors import OptionError, TraceError, UnsupportedOperatorError
 from quickspike.neuron import Increment, RunningMean, unfold
 from quickspike.operations import count_operations
 from quickspike.simulation import simulate
@@ -212,3 +212,9 @@ def test_the_count_engine_says_no() -> None:
     snn: Any = qs.quantise(qs.convert(net, drawn(32), steps=4, synchronous=True)).network
     with pytest.raises(OptionError, match="count engine"):
         qs.accelerate(snn, "count")
+
+
+def test_samples_that_mix_are_refused_though_no_size_shows_it() -> None:
+    net = Behind(lambda a, b: torch.softmax(a + b, 0))
+    with pytest.raises(TraceError, match=r"for a sample among others.*no softmax, norm or sort along axis 0"):
+        qs.trace(net, drawn(1), analog=("softmax",))

@@ -335,7 +335,7 @@ def _name_batch_norms(module: fx.GraphModule) -> None:
         if values["training"] or not isinstance(tensors["running_mean"], Tensor) or _MISSING in tensors.values():
             continue
         with module.graph.inserting_before(node):
-            layer = _batch_norm_of(tensors, float(values["eps"]))
+            layer = _batch_norm_of(tensors, float(values["eps"]), values.get("momentum", 0.1))
             name = _free_name(module, f"{node.name}_layer")
             module.add_submodule(name, layer)
             call = module.graph.call_module(name, (values["input"],))
@@ -356,10 +356,10 @@ def _attribute(module: nn.Module, value: Any) -> Any:
     return operator.attrgetter(str(value.target))(module) if isinstance(value, fx.Node) and value.op == "get_attr" else _MISSING
 
 
-def _batch_norm_of(tensors: Mapping[str, Any], eps: float) -> nn.Module:
+def _batch_norm_of(tensors: Mapping[str, Any], eps: float, momentum: float) -> nn.Module:
     mean, variance, weight, bias = (tensors[name] for name in ("running_mean", "running_var", "weight", "bias"))
     # Any number of axes: the layer's own check is of no use here.
-    layer = AnyBatchNorm(mean.numel(), eps, affine=weight is not None).to(mean).eval().requires_grad_(False)
+    layer = AnyBatchNorm(mean.numel(), eps, momentum, affine=weight is not None).to(mean).eval().requires_grad_(False)
     layer.running_mean, layer.running_var = mean, variance
     if weight is not None:
         layer.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, False)

@@ -305,7 +305,7 @@ class _Classifier:
         below = call(activate, (call(neg, (node.args[0],)),))
         above = call(activate, (node.args[0],))
         for site in (below, above):
-            site.meta.update(function="relu", ceiling=None, module_name=module_name)
+            site.meta.update(function="prelu", ceiling=None, module_name=module_name or node.meta.get("module_name", ""))
         weight = slopes if isinstance(slopes, Tensor) else attrgetter(str(slopes.target))(self.module)
         channels = self.sizes.shapes[node.name][1]
         affine = Affine(channels).to(weight)

@@ -162,7 +162,9 @@ def _rewrite(captured: Captured, sizes: Sizes, folded: bool, pools_in_front: boo
     # An example of zeros or of positive values hides what an in-place operation on an alias does.
     noise = _noise(captured.example)
     with torch.no_grad():
-        _verify(captured, captured.source(noise.clone()), captured.module(noise))
+        both = captured.module(noise)
+        _verify(captured, captured.source(noise.clone()), both)
+        _verify_alone(captured, both, captured.module(noise[:1]))
     # Approximations come in once the rest is proven right.
     if put_lines(captured.module):
         _name_sites(captured.module)
@@ -207,6 +209,8 @@ def swap(traced: Traced, maker: Callable[[Site, nn.Module], nn.Module]) -> Trace
 
 def _name_sites(module: fx.GraphModule) -> None:
     """Replace the placeholder calls of activate() by calls of named modules."""
+    # A layer with slopes that its neurons have taken over leaves them its name.
+    module.delete_all_unused_submodules()
     taken = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
     for node in [node for node in module.graph.nodes if node.target is activate]:
         name = _unique(_site_name(node), taken, module)
@@ -270,6 +274,17 @@ def _set_module(module: fx.GraphModule, name: str, new: nn.Module) -> None:
 def _noise(example: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randn((2, *example.shape[1:]), generator=generator, dtype=torch.float32).to(example)
+
+
+def _verify_alone(captured: Captured, together: Tensor, alone: Tensor) -> None:
+    """A sample must get the same answer alone; sizes do not show that a softmax runs over the batch."""
+    scale = max(float(together.abs().max()), 1e-12)
+    tolerance = 1e-3 if captured.example.dtype in (torch.float32, torch.float64) else 5e-2
+    if not float((together[:1] - alone).abs().max()) / scale <= tolerance:
+        raise TraceError(
+            f"{captured.name} answers differently for a sample among others than for the sample alone. "
+            "Way out: keep samples apart; no softmax, norm or sort along axis 0"
+        )
 
 
 def _verify(captured: Captured, expected: Tensor, got: Tensor) -> None:
