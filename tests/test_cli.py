@@ -27,11 +27,15 @@ def net():
 
 
 def refused():
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Sigmoid(), nn.Linear(8, 10))
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Softmax(1), nn.Linear(8, 10))
 
 
 def colour():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+
+
+def smooth():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.SiLU(), nn.Linear(8, 10))
 
 
 def other_classes():
@@ -95,10 +99,11 @@ def failed(result: Result, *parts: str, code: int = 2) -> None:
 HELP = {
     "demo": ["--out DIR", "--json"],
     "methods": ["[NAME]", "--json"],
-    "inspect": ["MODEL", "--input N", "--weights FILE", "--json"],
+    "inspect": ["MODEL", "--input N", "--weights FILE", "--analog PATTERN", "--pieces N", "--json"],
     "convert": [
         *("MODEL", "--data NAME", "--data-dir DIR", "--mean M", "--std S", "--download", "--out FILE", "--method NAME", "--weights FILE"),
-        *("--calibration-images N", "[unit: images; range: >= 1]", "--json"),
+        *("--calibration-images N", "[unit: images; range: >= 1]", "--json", "--analog PATTERN"),
+        *("--pieces N", "--at PATTERN:OPTION=VALUE"),
     ],
     "evaluate": [
         *(
@@ -215,9 +220,18 @@ def test_inspect(model: Path, run: Any) -> None:
 def test_inspect_of_what_does_not_convert(model: Path, run: Any) -> None:
     result = run("inspect", f"{model}:refused", "--input", 1, 8, 8)
     assert "does not convert" in result.out
-    assert "Sigmoid" in result.out
+    assert "Softmax" in result.out
     assert "Way out" in result.out
     assert json.loads(run("inspect", f"{model}:refused", "--input", 1, 8, 8, "--json").out)["convertible"] is False
+
+
+def test_inspect_with_choices(model: Path, run: Any) -> None:
+    kept = json.loads(run("inspect", f"{model}:refused", "--input", 1, 8, 8, "--analog", "Softmax", "--json").out)
+    assert kept["convertible"] is True
+    smooth = json.loads(run("inspect", f"{model}:smooth", "--input", 1, 8, 8, "--pieces", 4, "--json").out)
+    assert [finding["error"] > 0.02 for finding in smooth["findings"] if finding["status"] == "neuron"] == [True]
+    failed(run("inspect", f"{model}:refused", "--input", 1, 8, 8, "--analog", "softmaks"), "'softmaks' fits no call")
+    failed(run("inspect", f"{model}:smooth", "--input", 1, 8, 8, "--pieces", 1), "pieces must be a whole number in [2, 64]")
 
 
 @pytest.mark.parametrize("sizes", [[0, 8, 8], [-1, 8, 8], [3, 8, 8], [1, 8], [1, 1, 1]])
@@ -329,6 +343,24 @@ def test_convert_equals_the_library(model: Path, network: Path) -> None:
     saved = qs.load(network)
     assert saved.method == direct.method
     assert all(torch.equal(value, saved.state_dict()[key]) for key, value in direct.state_dict().items())
+
+
+def test_convert_with_choices(model: Path, tmp_path: Path, run: Any) -> None:
+    out = tmp_path / "net.safetensors"
+    arguments = ("--data", "digits", "--steps", 4, "--calibration-images", 150, "--out", out, "--device", "cpu")
+    assert run("convert", f"{model}:refused", *arguments, "--analog", "Softmax", "--at", "2:scale=0.5").code == 0
+    snn = qs.load(out)
+    assert snn.provenance["analog"] == ["Softmax"]
+    assert snn.method["options"]["sites"] == {"2": {"scale": 0.5}}
+    assert run("convert", f"{model}:smooth", *arguments, "--pieces", 4).code == 0
+    assert qs.load(out).provenance["pieces"] == 4
+    for text, reason in (
+        ("2:scale", "--at takes PATTERN:OPTION=VALUE, got '2:scale'"),
+        ("2:scale=half", "scale must be a number, got 'half'"),
+        ("7:scale=0.5", "'7' fits no site"),
+        ("2:steps=2", "steps cannot differ from site to site"),
+    ):
+        failed(run("convert", f"{model}:net", *arguments, "--at", text), reason)
 
 
 def test_convert_as_json(model: Path, tmp_path: Path, run: Any) -> None:
@@ -447,7 +479,7 @@ def test_a_network_that_does_not_convert_is_refused_by_operator(model: Path, tmp
     result = run("convert", f"{model}:refused", "--data", "digits", "--out", tmp_path / "a")
     assert (result.code, result.out) == (2, "")
     assert "Traceback" not in result.err
-    for part in ("quickspike: error: ", "Sigmoid", "Way out"):
+    for part in ("quickspike: error: ", "Softmax", "--analog Softmax"):
         assert part in result.err
     assert list(tmp_path.iterdir()) == []
 
