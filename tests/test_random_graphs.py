@@ -7,6 +7,8 @@ import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
@@ -87,3 +89,31 @@ def test_what_does_not_convert_is_refused_by_name(drawn: Drawn) -> None:
         assert qs.inspect(net, images(1)).convertible
         assert traced.sites
     assert unchanged(net, before)
+
+
+ORDER = {
+    "plain": (("plain", "nn.Conv2d", "behind", "nn.ReLU", "nothing"),) * 3,
+    "residual": (
+        ("residual", "nn.Conv2d", "behind", "F.relu", "nn.AvgPool2d"),
+        ("residual of spikes", "grouped", "none", "nn.ReLU", "nothing"),
+    ),
+    "concatenated": (
+        ("concatenated", "nn.Conv2d", "in front", "nn.ReLU", "nn.MaxPool2d"),
+        ("shared", "depthwise", "none", "x.relu()", "nothing"),
+    ),
+    "gated": (("gate", "nn.Conv2d", "behind", "nn.ReLU", "nothing"), ("square", "nn.ConvTranspose2d", "none", "nn.ReLU", "nothing")),
+}
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_the_error_falls_as_the_number_of_steps_rises(name: str) -> None:
+    """Streaming, nothing clipped: what every neuron still owes after T steps is a spike or so, hence slope -1."""
+    net, inputs = RandomGraph(Drawn(ORDER[name], "flatten", 3)), images(8)
+    times = (32, 64, 128, 256, 512, 1024)
+    errors = []
+    with torch.no_grad():
+        for steps in times:
+            snn = qs.convert(net, inputs, steps=steps, ceiling="percentile", percentile=100.0)
+            errors.append(float((snn(inputs) - net(inputs)).abs().mean()))
+    slope = np.polyfit(np.log(times), np.log(errors), 1)[0]
+    assert -1.2 < slope < -0.8, errors
