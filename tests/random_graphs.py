@@ -53,6 +53,7 @@ SHAPES: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
     "F.dropout": lambda: _Dropout(),
     "stacked": lambda: lambda x: torch.stack(x.unbind(1), 1),
     "like": lambda: lambda x: x + x.mean((2, 3), keepdim=True).expand_as(x),
+    "expanded": lambda: lambda x: x - x.mean((2, 3), keepdim=True).expand(x.size(0), -1, x.size(2), x.size(3)),
     "reshaped": lambda: lambda x: x.flatten(2).reshape_as(x),
     "identity": nn.Identity,
     "scale": lambda: lambda x: x * 0.5 + 0.1,

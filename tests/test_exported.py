@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import quickspike as qs
 from quickspike import capture
-from quickspike.errors import DataError, TraceError
+from quickspike.errors import DataError, TraceError, UnsupportedOperatorError
 from quickspike.operators import Affine
 
 
@@ -102,6 +102,8 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "bilinear": nn.Upsample(scale_factor=2, mode="bilinear"),
     "pixel shuffle": nn.PixelShuffle(2),
     "constant padding": nn.ConstantPad2d(1, 0.5),
+    "expand": lambda x: x - x.mean((2, 3), keepdim=True).expand(x.shape[0], 8, *x.shape[2:]),
+    "expand_as": lambda x: x - x.mean(1, keepdim=True).expand_as(x),
     "narrow": lambda x: x.narrow(1, 2, 3) * 2.0,
     "in place": lambda x: x.add_(1).mul_(0.5).relu_(),
 }
@@ -169,6 +171,39 @@ def test_what_neither_can_record_says_so() -> None:
         qs.trace(net, images(1))
     with pytest.raises(DataError):
         qs.trace(net, torch.randn(1, 4, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("operation", "text"),
+    [
+        (lambda x: torch.add(x, x, alpha=2), "add with alpha"),
+        (lambda x: F.dropout(x, 0.5), "training=True"),
+        (lambda x: x.softmax(1), "softmax"),
+        (lambda x: F.layer_norm(x, x.shape[1:]), "layer_norm"),
+        (lambda x: F.group_norm(x, 2), "group_norm"),
+        (lambda x: x.sort(1)[0], "sort"),
+        (lambda x: torch.div(x, 0.3, rounding_mode="floor"), "div"),
+    ],
+)
+def test_refusals_name_the_operator_and_the_line(operation: Callable[[Tensor], Tensor], text: str) -> None:
+    with pytest.raises(UnsupportedOperatorError, match=rf"(?s){text}.*test_exported.py:\d+ in|test_exported.py:\d+ in .*{text}"):
+        qs.trace(Looks(operation).eval(), images(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "operation"),
+    [
+        ("layer_norm", lambda x: F.layer_norm(x, x.shape[1:])),
+        ("group_norm", lambda x: F.group_norm(x, 2)),
+        ("softmax", lambda x: x.softmax(1)),
+    ],
+)
+def test_what_is_kept_analog_is_recorded_too(name: str, operation: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    net = Looks(operation).eval()
+    traced = qs.trace(net, images(1), analog=(name,))
+    with torch.no_grad():
+        assert torch.allclose(traced.module(images()), net(images()), atol=1e-5)
 
 
 class Functions(nn.Module):

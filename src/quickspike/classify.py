@@ -352,6 +352,8 @@ class _Classifier:
 
         # The arguments are read when the edit runs: earlier edits will have replaced some of them.
         def make() -> fx.Node:
+            if function.name == "expand":
+                return self.graph.call_function(function.run, (node.args[0], -1, *self.sizes.shapes[node.name][1:]))
             if function.name == "reshape":
                 return self.graph.call_function(function.run, _reshape_args(node, self.sizes))
             # The arithmetic of the operator module takes no keywords; alpha=1 and rounding_mode=None may be left out.
@@ -366,8 +368,10 @@ class _Classifier:
         signals = [arg for arg in parents if self.sizes.kinds[arg.name] == "batched"]
         if name == "floordiv" or node.kwargs.get("rounding_mode") is not None:
             return "rounds, which is not affine", DEFAULT_WAY_OUT
-        if name != "reshape" and any(self.sizes.kinds[arg.name] == "batch_size" for arg in node.all_input_nodes):
+        if name not in ("reshape", "expand") and any(self.sizes.kinds[arg.name] == "batch_size" for arg in node.all_input_nodes):
             return "uses the batch size as a value", "use a constant; time is folded into the batch"
+        if name == "expand" and not (signals and len(self.sizes.shapes[signals[0].name]) == len(self.sizes.shapes[node.name])):
+            return "gives something without a batch axis one", "add it by broadcasting"
         if name == "squeeze" and (len(node.args) + len(node.kwargs) < 2):
             return "drops the batch axis of a single sample", "name the axes, for example squeeze(-1)"
         if name == "div" and isinstance(node.args[1], fx.Node) and node.args[1] in signals:

@@ -33,14 +33,14 @@ _SAME: dict[str, Any] = {
     **{name: getattr(F, name) for name in ("hardtanh", "softshrink", "threshold", "adaptive_avg_pool1d", "adaptive_avg_pool2d")},
     **{name: getattr(F, name) for name in ("adaptive_avg_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "pad")},
     **{name: getattr(F, name) for name in ("max_pool1d", "max_pool2d", "max_pool3d", "scaled_dot_product_attention")},
-    "add.Tensor": operator.add,
-    "sub.Tensor": operator.sub,
-    "mul.Tensor": operator.mul,
-    "div.Tensor": operator.truediv,
-    "add.Scalar": operator.add,
-    "sub.Scalar": operator.sub,
-    "mul.Scalar": operator.mul,
-    "div.Scalar": operator.truediv,
+    "add.Tensor": torch.add,
+    "sub.Tensor": torch.sub,
+    "mul.Tensor": torch.mul,
+    "div.Tensor": torch.div,
+    "add.Scalar": torch.add,
+    "sub.Scalar": torch.sub,
+    "mul.Scalar": torch.mul,
+    "div.Scalar": torch.div,
     "pow.Tensor_Scalar": torch.pow,
     "relu6": F.relu6,
     "log_sigmoid": F.logsigmoid,
@@ -75,11 +75,10 @@ _SAME: dict[str, Any] = {
     "amin": torch.amin,
     "softmax.int": torch.softmax,
     "log_softmax.int": torch.log_softmax,
-    "layer_norm": F.layer_norm,
-    "group_norm": F.group_norm,
     "linear": F.linear,
 }
-_NOTHING = ("contiguous", "clone", "detach", "detach_", "alias", "lift_fresh_copy", "dropout", "feature_dropout", "alpha_dropout")
+_NOTHING = ("contiguous", "clone", "detach", "detach_", "alias", "lift_fresh_copy")
+_DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout")
 
 
 _FIRST_OF_SEVERAL = ("_native_batch_norm", "adaptive_max_pool", "max_pool2d_with", "max_pool3d_with")
@@ -143,8 +142,11 @@ class _Reader:
         name = _name_of(node.target)
         if name.partition(".")[0] in _CHECKS:
             return None
-        if name.partition(".")[0] in _NOTHING:
+        if name.partition(".")[0] in _NOTHING or (name in _DROPOUTS and not node.args[2]):
             return self._value(node.args[0])
+        if name in _DROPOUTS:
+            # Active in inference: left for classify.py to refuse.
+            return self.graph.call_function(F.dropout, (self._value(node.args[0]), node.args[1], True))
         if node.target is operator.getitem and node.args[1] == 0 and _name_of(node.args[0].target).startswith(_FIRST_OF_SEVERAL):
             return self.nodes[node.args[0]]
         special = _SPECIAL.get(name.partition(".")[0])
@@ -276,6 +278,14 @@ class _Reader:
     def _select(self, node: fx.Node, x: Any, axis: int, index: int) -> Any:
         return self.graph.call_function(operator.getitem, (self._value(x), (*(slice(None),) * axis, index)))
 
+    def _norm(self, node: fx.Node, x: Any, groups: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn: bool = True) -> Any:
+        function = F.layer_norm if _name_of(node.target) == "layer_norm" else F.group_norm
+        tensors = [None if value is None else self._value(value) for value in (weight, bias)]
+        return self.graph.call_function(function, (self._value(x), groups, *tensors, eps))
+
+    def _expand(self, node: fx.Node, x: Any, sizes: Any, implicit: bool = False) -> Any:
+        return self.graph.call_method("expand", (self._value(x), *fx.node.map_arg(tuple(sizes), self._value)))
+
     def _pad(self, node: fx.Node, x: Any, pad: Any, value: float = 0.0) -> Any:
         return self.graph.call_function(F.pad, (self._value(x), tuple(pad), "constant", value))
 
@@ -303,6 +313,9 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     "select": _Reader._select,
     "constant_pad_nd": _Reader._pad,
     "elu": _Reader._elu,
+    "expand": _Reader._expand,
+    "layer_norm": _Reader._norm,
+    "group_norm": _Reader._norm,
     "upsample_nearest2d": _Reader._upsample_nearest2d,
     "upsample_bilinear2d": _Reader._upsample_bilinear2d,
 }

@@ -161,6 +161,7 @@ def _functions() -> tuple[Function, ...]:
         same("split"),
         same("stack"),
         same("unbind"),
+        Function("expand", torch.Tensor.expand, ("expand",)),
         Function("expand_as", torch.Tensor.expand_as, ("expand_as",)),
         Function("reshape_as", torch.Tensor.reshape_as, ("reshape_as", "view_as")),
         same("squeeze"),
