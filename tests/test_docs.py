@@ -6,9 +6,12 @@ import importlib
 import re
 import runpy
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import quickspike as qs
 from quickspike import method
@@ -24,13 +27,21 @@ ROOT = Path(__file__).parent.parent
 def test_the_python_in_the_readme_runs(digits_source, digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(code) == 2
+    assert len(code) == 3
     loader = digits.loader("test")
     images = next(iter(loader))[0]
     names = {"model": digits_source, "images": images, "calibration": digits.loader("train", limit=200)}
     names |= {"test_loader": loader, "held_out": loader}
+    layers = {
+        "layer1": nn.Sequential(nn.Linear(6, 8), nn.SiLU()),
+        "norm": nn.LayerNorm(8),
+        "head": nn.Sequential(nn.ReLU(), nn.Linear(8, 3)),
+    }
+    names |= {"other": nn.Sequential(OrderedDict(layers)), "photos": torch.randn(20, 6)}
     for part in code:
         exec(part, names)
+    assert len(names["mixed"].sites) == 9
+    assert names["mixed"].provenance["analog"] == ["head.*", "LayerNorm"]
     assert names["logits"].shape == (len(images), 10)
     assert names["report"].accuracy[8] > 95
     assert names["fast"].provenance["engine"]["name"] == "integer"

@@ -1074,7 +1074,7 @@ class AssignsSlices(nn.Module):
 
 @pytest.mark.parametrize("cls", [DependsOnData, AssignsSlices])
 def test_what_cannot_be_recorded_is_refused_with_its_line(cls):
-    with pytest.raises(TraceError, match=rf"{cls.__name__}.*{PLACE}.*Way out"):
+    with pytest.raises(TraceError, match=rf"(?s){cls.__name__}.*{PLACE}.*Way out"):
         qs.trace(cls(), images(1))
     coverage = qs.inspect(cls(), images(1))
     assert not coverage.convertible

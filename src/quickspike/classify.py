@@ -292,6 +292,9 @@ class _Classifier:
                 node.meta[LINES] = lines
             else:
                 self._replace(node, partial(self._with_slopes, node, slopes, module_name))
+                if module_name and not any(other.op == "call_module" and other.target == module_name for other in self.graph.nodes):
+                    # The neurons have taken over its slopes, and take its name.
+                    self.module.set_submodule(module_name, nn.Module())
                 return
             node.meta["module_name"] = module_name or node.meta.get("module_name", "")
 

@@ -209,8 +209,6 @@ def swap(traced: Traced, maker: Callable[[Site, nn.Module], nn.Module]) -> Trace
 
 def _name_sites(module: fx.GraphModule) -> None:
     """Replace the placeholder calls of activate() by calls of named modules."""
-    # A layer with slopes that its neurons have taken over leaves them its name.
-    module.delete_all_unused_submodules()
     taken = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
     for node in [node for node in module.graph.nodes if node.target is activate]:
         name = _unique(_site_name(node), taken, module)
