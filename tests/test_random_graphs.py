@@ -18,7 +18,7 @@ from quickspike.conversion import SpikingNetwork
 from quickspike.errors import UnsupportedOperatorError
 from random_graphs import IMAGE, REFUSED, Drawn, RandomGraph, drawn_networks
 
-EXAMPLES = int(os.environ.get("QUICKSPIKE_GRAPHS", "25"))
+EXAMPLES = int(os.environ.get("QUICKSPIKE_GRAPHS", "12"))
 """Graphs drawn per test."""
 STEPS = 256
 drawing = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
