@@ -1,9 +1,9 @@
 """The least number of steps, over methods and their options, that keeps the loss of accuracy within bounds.
 
-For each candidate T is doubled until the loss is small enough, and then halved in between, which finds the least T as
-trying all of them would, as long as accuracy does not fall with more steps. A candidate that is not good enough at the
-latency of the best one so far is left at that. Every trial is converted for its own T, and fine-tuned at it if its
-candidate says for how many epochs.
+For the first candidate T is doubled until the loss is small enough, and then halved in between, which finds the least T
+as trying all of them would, as long as accuracy does not fall with more steps. A later candidate that is not good enough
+at the latency of the best one so far is left at that; otherwise T is halved below it. Every trial is converted for its
+own T, and fine-tuned at it if its candidate says for how many epochs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import nn
 from quickspike.api import convert, tune
 from quickspike.checkpoint import load
 from quickspike.conversion import SpikingNetwork
-from quickspike.data import Batches, labelled_batches
+from quickspike.data import Batches, image_batches, labelled_batches
 from quickspike.energy import device_named, energy_of
 from quickspike.errors import CheckpointError, OptionError
 from quickspike.evaluation import accuracy_of, evaluate, make_fabric
@@ -154,15 +154,12 @@ def search(
             def enough(steps: int, candidate: Candidate = candidate) -> bool:
                 return trials_of.trial(candidate, steps).drop <= max_drop
 
-            most = most_steps
             if math.isfinite(latency):
-                # More steps than these would be no gain; a candidate that fails even there is left at that. With one step
-                # nothing waits, so two show how many steps of latency one step costs; training changes nothing in that.
-                two = trials_of.trial(dataclasses.replace(candidate, epochs=0), min(2, most))
-                most = max(1, min(most, int(latency // (two.latency / two.steps))))
-                if not enough(most):
-                    continue
-            least = _least(enough, most)
+                # More steps than these would be no gain; a candidate that fails even there is left at that.
+                most = max(1, min(most_steps, int(latency // trials_of.latency_of_a_step(candidate))))
+                least = _between(enough, 0, most) if enough(most) else None
+            else:
+                least = _least(enough, most_steps)
             # Energy grows with T: what takes too much with the least T takes too much with any.
             if least is not None and within(trials_of.trial(candidate, least)):
                 latency = min(latency, trials_of.trial(candidate, least).latency)
@@ -200,8 +197,11 @@ def _least(enough: Callable[[int], bool], most: int) -> int | None:
     while high < most and not enough(high):
         low, high = high, high * 2
     high = min(high, most)
-    if not enough(high):
-        return None
+    return _between(enough, low, high) if enough(high) else None
+
+
+def _between(enough: Callable[[int], bool], low: int, high: int) -> int:
+    """The least number above `low` that is enough; `high` is."""
     while high - low > 1:
         middle = (low + high) // 2
         if enough(middle):
@@ -291,13 +291,18 @@ class _Trials:
         """The network of a trial; one that only the file knows is made again."""
         if self.best is not None and self.best[0] == trial:
             return self.best[1]
-        tried = [*candidates, *(dataclasses.replace(candidate, epochs=0) for candidate in candidates)]
-        return self.network(next(one for one in tried if str(one) == trial.candidate), trial.steps)
+        return self.network(next(one for one in candidates if str(one) == trial.candidate), trial.steps)
 
     def _name(self, candidate: Candidate, steps: int) -> str:
         """Of a folder that holds this training of this search and no other."""
         key = json.dumps([str(candidate), steps, self.about], sort_keys=True, default=str)
         return f"{candidate.method}_t{steps}_{sha256(key.encode()).hexdigest()[:12]}"
+
+    def latency_of_a_step(self, candidate: Candidate) -> float:
+        """Steps of latency that a step costs: more than 1 where layers wait. The graph shows it, whatever it is calibrated on."""
+        few = next(image_batches(self.calibration))[:8]
+        # With one step nothing waits.
+        return convert(self.model, few, candidate.method, steps=2, **candidate.options).latency / 2
 
     def _made(self, candidate: Candidate, steps: int) -> Trial:
         started = time.perf_counter()
