@@ -206,3 +206,18 @@ def test_jumps_and_computed_bounds_are_refused_by_name() -> None:
 def test_a_number_of_pieces_out_of_range(pieces: Any) -> None:
     with pytest.raises(OptionError, match="pieces must be a whole number in"):
         qs.trace(Calls(nn.SiLU()), drawn(1), pieces=pieces)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Hardtanh(float("-inf"), float("inf")), nn.Softplus(beta=-1.0), nn.Softplus(beta=0.01), nn.CELU(50.0), nn.ELU(float("nan"))],
+    ids=str,
+)
+def test_layers_with_strange_numbers_are_refused_by_name(layer: nn.Module) -> None:
+    with pytest.raises(UnsupportedOperatorError, match=type(layer).__name__):
+        qs.trace(Calls(layer), drawn(1))
+
+
+def test_slopes_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(UnsupportedOperatorError, match="LeakyReLU"):
+        qs.trace(Calls(nn.LeakyReLU(float("nan"))), drawn(1))

@@ -81,6 +81,8 @@ def test_it_is_kept_with_the_network(tmp_path: Any) -> None:
         ({"3": {"steps": 2}}, "steps cannot differ from site to site.*these can: synchronous, ceiling"),
         ({"3": {"scael": 0.5}}, "scael cannot differ"),
         ({"3": {"scale": 5.0}}, "scale must be in range"),
+        ({"3": 0.5}, "sites must be options by pattern"),
+        (["3"], "sites must be options by pattern"),
     ],
 )
 def test_mistakes_are_refused(sites: Any, text: str) -> None:

@@ -289,7 +289,7 @@ def _fold_constants(module: fx.GraphModule) -> None:
         if node.op == "get_attr" or not isinstance(value, Tensor) or not any(user in dependent for user in node.users):
             continue
         learned = any(isinstance(value, nn.Parameter) for value in _ancestors(node, runner.env))
-        name = _free_name(module, f"{node.name}_constant")
+        name = free_name(module, f"{node.name}_constant")
         if learned and value.is_floating_point():
             module.register_parameter(name, nn.Parameter(value.clone(), requires_grad=False))
         else:
@@ -311,7 +311,8 @@ def _ancestors(node: fx.Node, values: Mapping[fx.Node, Any]) -> list[Any]:
     return [values[parent] for parent in seen]
 
 
-def _free_name(module: nn.Module, base: str) -> str:
+def free_name(module: nn.Module, base: str) -> str:
+    """`base`, or `base_2`, ..., so that no attribute of `module` is hidden."""
     number, name = 1, base
     while hasattr(module, name):
         number += 1
@@ -336,7 +337,7 @@ def _name_batch_norms(module: fx.GraphModule) -> None:
             continue
         with module.graph.inserting_before(node):
             layer = _batch_norm_of(tensors, float(values["eps"]), values.get("momentum", 0.1))
-            name = _free_name(module, f"{node.name}_layer")
+            name = free_name(module, f"{node.name}_layer")
             module.add_submodule(name, layer)
             call = module.graph.call_module(name, (values["input"],))
         call.meta.update(node.meta)

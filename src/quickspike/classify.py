@@ -202,7 +202,11 @@ class _Classifier:
         if kind in ANALOG_LAYERS and (kept or (kind not in piecewise.LAYERS and not self._after_neurons(node))):
             return self._real(node, partial(_not_in_place, layer))
         if kind in piecewise.LAYERS:
-            return self._activation(node, piecewise.LAYERS[kind](layer, self.pieces), str(node.target), getattr(layer, "weight", None))
+            try:
+                lines = piecewise.LAYERS[kind](layer, self.pieces)
+            except ValueError as error:
+                return refuse(name, f"{layer}: {error}", "use usual numbers")
+            return self._activation(node, lines, str(node.target), getattr(layer, "weight", None))
         if kind is ReLU:
             return self._activation(node, piecewise.clamped(0.0, layer.ceiling), str(node.target))
         if kind in LAYERS:

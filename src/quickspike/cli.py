@@ -19,7 +19,6 @@ import tyro
 
 from quickspike.cli_options import (
     ChoiceArguments,
-    Choices,
     DataArguments,
     DataOptions,
     Device,
@@ -95,13 +94,13 @@ def _method_json(cls: type[Method], summary: str) -> dict[str, Any]:
 
 def inspect(
     model: ModelName,
+    choices: ChoiceArguments,
     input: Annotated[tuple[int, ...], Help(metavar="N", help="shape of one sample, for example 3 224 224 [default: 3 224 224]")] = (
         3,
         224,
         224,
     ),
     weights: Weights = None,
-    choices: ChoiceArguments = Choices(),  # noqa: B008 - frozen
     json: Json = False,
 ) -> None:
     """Report what of a network converts, what stays analog and what is refused, before anything is changed."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, fx, nn
 
+from quickspike.capture import free_name
 from quickspike.errors import ConversionError, DataError, OptionError
 from quickspike.graph import Site, Traced, fold, swap
 from quickspike.method import Method
@@ -295,7 +296,7 @@ class _Time:
         """Put a layer between `parent` and `node`; what others put there already serves again."""
         key = parent, layer
         if key not in self.made:
-            name = _free_name(self.module, layer.__name__.lower())
+            name = free_name(self.module, layer.__name__.lower())
             self.module.add_submodule(name, layer(self.method.steps))
             with self.module.graph.inserting_after(parent):
                 self.made[key] = self.module.graph.call_module(name, (parent,))
@@ -304,13 +305,6 @@ class _Time:
 
     def _accumulate(self, node: fx.Node) -> None:
         """Give max-pooling its state."""
-        name = _free_name(self.module, str(node.target).replace(".", "_") + "_accumulated")
+        name = free_name(self.module, str(node.target).replace(".", "_") + "_accumulated")
         self.module.add_submodule(name, AccumulatedMaxPool(self.module.get_submodule(str(node.target)), self.method.steps))
         node.target = name
-
-
-def _free_name(module: nn.Module, base: str) -> str:
-    number = 1
-    while hasattr(module, name := base if number == 1 else f"{base}_{number}"):
-        number += 1
-    return name

@@ -63,6 +63,10 @@ class Method(abc.ABC):
 
     def __post_init__(self) -> None:
         validate(self)
+        if not isinstance(self.sites, Mapping) or not all(isinstance(options, Mapping) for options in self.sites.values()):
+            raise OptionError(
+                f"{self.name}: sites must be options by pattern, such as {{'layer1.*': {{'initial': 0.0}}}}, got {self.sites!r}"
+            )
         for pattern, options in self.sites.items():
             for key in options:
                 if key not in self.per_site:

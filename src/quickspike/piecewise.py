@@ -172,6 +172,8 @@ def approximated(name: str, function: Smooth, pieces: int) -> Piecewise:
     wide = np.linspace(-REACH, REACH, 30001)
     y = _at(function, wide)
     left, right = (np.abs(y - (slope * wide + height)) for slope, height in (function.left, function.right))
+    if not (left[0] < 1e-3 and right[-1] < 1e-3):
+        raise ValueError(f"it is not near its asymptotes at x = {-REACH:g} and {REACH:g}")
     best: Piecewise | None = None
     for tolerance in np.geomspace(3e-4, 0.1, 16):
         # Between the last places where the function is its asymptotes, but for the tolerance.
