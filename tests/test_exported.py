@@ -23,7 +23,7 @@ class Looks(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(8)
-        self.act = nn.ReLU(inplace=True)
+        self.act = nn.ReLU()
         self.operation = operation
         self.head = nn.Linear(4, 5)
         with torch.no_grad():
@@ -73,6 +73,11 @@ class Blocks(nn.Module):
         return (y * gate)[:, 2:12].mean((2, 3))
 
 
+def _halved(x: Tensor) -> Tensor:
+    x[:, 2:4].mul_(0.5)
+    return x
+
+
 OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "nothing": lambda x: x,
     "same padding": Same(8, 6, 3, 2),
@@ -104,8 +109,9 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "constant padding": nn.ConstantPad2d(1, 0.5),
     "expand": lambda x: x - x.mean((2, 3), keepdim=True).expand(x.shape[0], 8, *x.shape[2:]),
     "expand_as": lambda x: x - x.mean(1, keepdim=True).expand_as(x),
-    "narrow": lambda x: x.narrow(1, 2, 3) * 2.0,
+    "other views": lambda x: x.movedim(1, 3).unflatten(1, (2, 4)).swapaxes(2, 4).reshape_as(x),
     "in place": lambda x: x.add_(1).mul_(0.5).relu_(),
+    "narrow": lambda x: x.narrow(1, 2, 3) * 2.0,
 }
 
 
@@ -182,6 +188,7 @@ def test_what_neither_can_record_says_so() -> None:
         (lambda x: F.layer_norm(x, x.shape[1:]), "layer_norm"),
         (lambda x: F.group_norm(x, 2), "group_norm"),
         (lambda x: x.sort(1)[0], "sort"),
+        (_halved, "slice_scatter"),
         (lambda x: torch.div(x, 0.3, rounding_mode="floor"), "div"),
     ],
 )

@@ -99,8 +99,21 @@ def record_exported(private: nn.Module, example: Tensor, name: str) -> fx.GraphM
     batch = example.repeat(2, *(1,) * (example.ndim - 1))
     with torch.no_grad():
         program = torch.export.export(private, (batch,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False)
-    # An empty table: nothing is decomposed, but in-place operations are gone.
-    return _Reader(program.run_decompositions({}), private).read(name)
+    if not all(_plain_call(node) for node in program.graph.nodes):
+        # An empty table: little is decomposed, but in-place operations are gone. It takes several times as long as the export.
+        program = program.run_decompositions({})
+    return _Reader(program, private).read(name)
+
+
+def _plain_call(node: fx.Node) -> bool:
+    """Whether it is an operator that this module knows and that changes none of its arguments."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return True
+    target, name = node.target, _name_of(node.target)
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    names = {name, name.partition(".")[0]}
+    return not names.isdisjoint((*_SAME, *_SPECIAL, *_NOTHING, *_DROPOUTS, *_CHECKS))
 
 
 class _Reader:
@@ -252,17 +265,15 @@ class _Reader:
             layer.bias = offsets if isinstance(offsets, nn.Parameter) else nn.Parameter(offsets, False)
         return self._layer(node, x, weight, layer)
 
-    def _batch_norm(self, node: fx.Node, x: Any, weight: Any, bias: Any, mean: Any, variance: Any, momentum: float, eps: float) -> Any:
-        return self.graph.call_function(
-            F.batch_norm,
-            (
-                self._value(x),
-                *(None if value is None else self._value(value) for value in (mean, variance, weight, bias)),
-                False,
-                momentum,
-                eps,
-            ),
-        )
+    def _batch_norm(
+        self, node: fx.Node, x: Any, weight: Any, bias: Any, mean: Any, variance: Any, training: bool, momentum: float, eps: float, *_: Any
+    ) -> Any:
+        tensors = (None if value is None else self._value(value) for value in (mean, variance, weight, bias))
+        return self.graph.call_function(F.batch_norm, (self._value(x), *tensors, training, momentum, eps))
+
+    def _frozen_batch_norm(self, node: fx.Node, *arguments: Any) -> Any:
+        """What batch_norm becomes once in-place operations are gone."""
+        return self._batch_norm(node, *arguments[:5], False, *arguments[5:])
 
     # Functions whose arguments differ
 
@@ -307,7 +318,8 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(_CONVOLUTIONS, _Reader._forward),
     **{name.partition(".")[0]: _Reader._backward for name in _TRANSPOSED},
     "linear": _Reader._linear,
-    "_native_batch_norm_legit_no_training": _Reader._batch_norm,
+    "batch_norm": _Reader._batch_norm,
+    "_native_batch_norm_legit_no_training": _Reader._frozen_batch_norm,
     "sym_size": _Reader._sym_size,
     "slice": _Reader._slice,
     "select": _Reader._select,
