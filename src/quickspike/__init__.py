@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from quickspike.errors import QuickspikeError
     from quickspike.evaluation import Report, evaluate
     from quickspike.graph import inspect, trace
+    from quickspike.inputs import OneInput
     from quickspike.method import Method, register
     from quickspike.neuron import Surrogate
     from quickspike.operations import count_operations
@@ -44,6 +45,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "inspect": "graph",
     "trace": "graph",
+    "OneInput": "inputs",
     "Method": "method",
     "register": "method",
     "Surrogate": "neuron",
@@ -58,6 +60,7 @@ _HOMES = {
 __all__ = [
     "Coverage",
     "Method",
+    "OneInput",
     "QuickspikeError",
     "Report",
     "Run",

@@ -31,6 +31,7 @@ from quickspike.data import Batches, labelled_batches
 from quickspike.errors import ConversionError, DataError
 from quickspike.neuron import AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, Timed, integrate, unfold
 from quickspike.operators import FUNCTION_NAMES
+from quickspike.structure import first
 
 PARTS = ("inherited", "max-pooling", "clipping", "quantisation", "unevenness", "neuron")
 OWN = PARTS[1:]
@@ -368,5 +369,4 @@ def main_source(sizes: Mapping[str, float]) -> str:
 def without_spikes(snn: SpikingNetwork, images: Tensor) -> Tensor:
     """The outputs of the same weights with activations in place of neurons, `[B, K]`: what T = infinity is held against."""
     with torch.inference_mode():
-        result: Tensor = _Plain(snn).run(images)
-    return result
+        return first(_Plain(snn).run(images))

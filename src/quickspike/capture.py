@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from quickspike.errors import DataError, TraceError
 from quickspike.exported import record_exported
+from quickspike.structure import Outputs, places
 
 _OWN = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}")
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<where>\S+)\n\s*(?P<text>[^\n]*)')
@@ -33,7 +35,7 @@ class Captured:
     module: fx.GraphModule
     source: nn.Module
     example: Tensor
-    expected: Tensor
+    expected: Outputs
     name: str
 
 
@@ -54,10 +56,12 @@ def capture(model: nn.Module, example: Tensor) -> Captured:
     private = copy_of(model)
     parameter = next(private.parameters(), None)
     _refuse_names(private, name)
+    _refuse_inputs(private, name)
     example = example.detach()[:1].to(device=None if parameter is None else parameter.device)
     # A network may change its input in place; the caller's images must survive that.
     expected = _run_source(private, example.clone(), name)
     module = _recorded(private, example, name)
+    _open_records(module.graph)
     _positional(module.graph)
     _make_functional(module)
     _drop_asserts(module)
@@ -99,6 +103,17 @@ def _refuse_names(private: nn.Module, name: str) -> None:
             raise TraceError(f"{name} has an attribute {child!r}, a name that torch.fx needs itself. Way out: rename it")
 
 
+def _refuse_inputs(private: nn.Module, name: str) -> None:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(private.forward).parameters.values()
+    needed = [parameter.name for parameter in parameters if parameter.kind in kinds and parameter.default is parameter.empty]
+    if len(needed) > 1:
+        raise TraceError(
+            f"{name} takes {len(needed)} inputs ({', '.join(needed)}). "
+            "Way out: quickspike.OneInput(model, shapes), which takes them in one tensor"
+        )
+
+
 class _Tracer(fx.Tracer):
     """Sees through layers that are no submodules: made inside forward(), or kept in a plain list."""
 
@@ -125,15 +140,21 @@ def check_batch(images: Any, what: str) -> None:
         raise DataError(f"{what} holds {bad} value(s) that are NaN or infinite; clean the data first")
 
 
-def _run_source(private: nn.Module, example: Tensor, name: str) -> Tensor:
+def _run_source(private: nn.Module, example: Tensor, name: str) -> Outputs:
     try:
         with torch.no_grad():
             expected = private(example)
     except Exception as error:
         shape = list(example.shape)
         raise DataError(f"{name} cannot run on an input of shape {shape}: {_first_line(error)}") from error
-    if not isinstance(expected, Tensor):
-        raise TraceError(f"{name} returns a {type(expected).__name__}. Way out: wrap it so that it returns one tensor [B, ...]")
+    found = places(expected)
+    way_out = "wrap it so that it returns tensors [B, ...], alone or in tuples, lists and dicts"
+    for place, one in found.items():
+        if not isinstance(one, Tensor) or not one.is_floating_point():
+            what = f"a tensor of {one.dtype}" if isinstance(one, Tensor) else f"a {type(one).__name__}"
+            raise TraceError(f"{name} returns {what}{f' at {place}' if place else ''}. Way out: {way_out}")
+    if not found:
+        raise TraceError(f"{name} returns nothing. Way out: {way_out}")
     return expected
 
 
@@ -168,7 +189,9 @@ def _record(private: nn.Module, name: str) -> fx.Graph:
     _drop_default_checks(graph, inputs[1:])
     for extra in inputs[1:]:
         if extra.users:
-            raise TraceError(f"{name} takes {len(inputs)} inputs. Way out: wrap it so that forward() takes one tensor")
+            raise TraceError(
+                f"{name} takes {len(inputs)} inputs. Way out: quickspike.OneInput(model, shapes), which takes them in one tensor"
+            )
         graph.erase_node(extra)
     return graph
 
@@ -227,6 +250,22 @@ def scope_of(node: fx.Node) -> str:
 
 
 _AUGMENTED = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.ipow, operator.imod)
+
+
+def _open_records(graph: fx.Graph) -> None:
+    """What forward() returns as a named tuple or a record of another kind becomes a plain tuple or dict."""
+    output = next(node for node in graph.nodes if node.op == "output")
+    for node in output.all_input_nodes:
+        if node.op != "call_function" or not isinstance(node.target, type) or set(node.users) != {output}:
+            continue
+        fields = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
+        plain = tuple(fields.values()) if issubclass(node.target, tuple) else {name: one for name, one in fields.items() if one is not None}
+        output.args = fx.node.map_arg(output.args, partial(_instead, node, plain))
+        graph.erase_node(node)
+
+
+def _instead(record: fx.Node, plain: Any, one: fx.Node) -> Any:
+    return plain if one is record else one
 
 
 def _positional(graph: fx.Graph) -> None:
@@ -400,7 +439,7 @@ class Recorder(fx.Interpreter):
         super().__init__(module)
         self.values: dict[str, Any] = {}
         """By node name: the shape of a tensor as a tuple, a number, or a list of these for a sequence."""
-        self.result = torch.empty(0)
+        self.result: Outputs = torch.empty(0)
         self.failed: tuple[str, str] | None = None
         """(node name, reason) of a node that could not run."""
 
@@ -431,6 +470,8 @@ def _describe(value: Any) -> Any:
         return tuple(value.shape)
     if isinstance(value, (tuple, list)):
         return [_describe(item) for item in value]
+    if isinstance(value, dict):
+        return [_describe(item) for item in value.values()]
     return value if isinstance(value, (int, float)) else None
 
 

@@ -111,7 +111,7 @@ def _layer_to_json(layer: nn.Module) -> dict[str, Any]:
     if isinstance(layer, AccumulatedMaxPool):
         return {"type": "AccumulatedMaxPool", "arguments": {"pool": _layer_to_json(layer.pool)}}
     try:
-        return {"type": type(layer).__name__, "arguments": _encode(layer_arguments(layer))}
+        return {"type": type(layer).__name__, "arguments": _encode(_sorted(layer_arguments(layer)))}
     except KeyError:
         kind = type(layer).__name__
         raise CheckpointError(
@@ -123,7 +123,12 @@ def _node_to_json(node: fx.Node) -> dict[str, Any]:
     target = FUNCTION_NAMES.get(node.target) if node.op == "call_function" else str(node.target)
     if target is None:
         raise CheckpointError(f"the operator {node.target} has no place in the file format")
-    return {"name": node.name, "op": node.op, "target": target, "args": _encode(node.args), "kwargs": _encode(dict(node.kwargs))}
+    return {"name": node.name, "op": node.op, "target": target, "args": _encode(node.args), "kwargs": _encode(_sorted(node.kwargs))}
+
+
+def _sorted(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Names whose order says nothing."""
+    return dict(sorted(named.items()))
 
 
 def _encode(value: Any) -> Any:
@@ -139,8 +144,11 @@ def _encode(value: Any) -> Any:
         return {"tuple": [_encode(item) for item in value]}
     if isinstance(value, list):
         return [_encode(item) for item in value]
-    if isinstance(value, Mapping):
-        return {"dict": {str(key): _encode(item) for key, item in value.items()}}
+    if isinstance(value, Mapping) and list(value) == sorted(map(str, value)):
+        return {"dict": {key: _encode(item) for key, item in value.items()}}
+    if isinstance(value, Mapping) and all(isinstance(key, (str, int)) for key in value):
+        # JSON sorts its keys; the order in which a network gives its outputs counts.
+        return {"items": [[key, _encode(item)] for key, item in value.items()]}
     raise CheckpointError(f"an argument of type {type(value).__name__} has no place in the file format")
 
 
@@ -353,4 +361,6 @@ def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
         return tuple(_decode(item, nodes) for item in content)
     if tag == "dict":
         return {key: _decode(item, nodes) for key, item in content.items()}
+    if tag == "items":
+        return {key: _decode(item, nodes) for key, item in content}
     raise CheckpointError(f"malformed argument tag {tag!r}")

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +19,7 @@ from quickspike.graph import Site, Traced, fold, swap
 from quickspike.method import Method
 from quickspike.neuron import MAX_STEPS, AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, Surrogate, Timed, unfold
 from quickspike.operators import ANALOG_LAYERS, MAX_POOLS, NOT_AFFINE, shape
+from quickspike.structure import Outputs, each
 
 if TYPE_CHECKING:
     from quickspike.early_exit import Exit
@@ -30,7 +31,9 @@ each step; mean: `[T*B, ...]`, the mean of all steps so far, see `RunningMean`."
 
 
 class SpikingNetwork(nn.Module):
-    """A converted network: an ordinary module that maps images `[B, ...]` to logits `[B, K]`.
+    """A converted network: an ordinary module that maps images `[B, ...]` to logits `[B, K]`, or to what the source gives.
+
+    That may be any tensor `[B, ...]`, or several in tuples, lists and dicts; each is then the mean over the steps.
 
     Its state (membrane potentials) lives inside one call, so that calls do not depend on each other.
 
@@ -65,16 +68,16 @@ class SpikingNetwork(nn.Module):
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(not isinstance(module, Neuron))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Outputs:
         """Logits `[B, K]`: the readout averaged over the steps."""
         if self.memory is not None and not torch.is_grad_enabled():
-            return self.run(images).logits[-1]
+            return each(lambda readouts: readouts[-1], self.run(images).readouts)
         if self.summed:
             self.check_input(images)
-            return cast(Tensor, self.network(images))
-        return readout(self.outputs(images))[-1]
+            return self.network(images)
+        return each(lambda outputs: readout(outputs)[-1], self.outputs(images))
 
-    def outputs(self, images: Tensor) -> Tensor:
+    def outputs(self, images: Tensor) -> Outputs:
         """What the last layer gives at each step on its own, `[T, B, K]`.
 
         Raises:
@@ -87,7 +90,7 @@ class SpikingNetwork(nn.Module):
             from quickspike.simulation import outputs_in_chunks
 
             return outputs_in_chunks(self, images, self.chunk)
-        return unfold(self.network(images), self.steps)
+        return each(lambda outputs: unfold(outputs, self.steps), self.network(images))
 
     def run(self, images: Tensor, exit: Exit | None = None) -> Run:
         """Logits after every step and the spikes of every site; with `exit`, samples stop early. See `quickspike.simulation`."""

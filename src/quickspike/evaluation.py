@@ -21,28 +21,31 @@ from quickspike.errors import DataError, OptionError
 from quickspike.memory import keep_freed_memory
 from quickspike.provenance import machine, versions
 from quickspike.simulation import simulate
+from quickspike.structure import Outputs, each, first, places, tensors
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
     from quickspike.engines import Engine
 
+SMALLEST = 1e-30
+"""Squares are at least so large when something is divided by them."""
 CHUNK = 400_000
 """Input values times steps that are simulated at once: small enough for the processor's caches, large enough to fill it."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What an evaluation measured. Accuracies and agreements in percent, keyed by the number of steps."""
+    """What an evaluation measured. Accuracies, agreements and deviations in percent, keyed by the number of steps."""
 
     samples: int
     steps: tuple[int, ...]
     accuracy: dict[int, float]
-    """Top-1 accuracy of the readout after that many steps."""
+    """Top-1 accuracy of the readout after that many steps, of pixels where there is a label for each; empty without labels."""
     reference_accuracy: float | None
-    """Top-1 accuracy of the source network on the same images; None without a reference."""
+    """Top-1 accuracy of the source network on the same images; None without a reference or without labels."""
     agreement: dict[int, float]
-    """Share of images on which spiking and source network choose the same class; empty without a reference."""
+    """Share of labels on which spiking and source network choose the same class; empty without a reference or labels."""
     rates: dict[str, float]
     """Mean spikes per neuron and step at each site over the whole run, in [0, 1]."""
     latency: dict[int, int]
@@ -52,13 +55,15 @@ class Report:
     seconds: float
     """Wall-clock time of the evaluation."""
     settings: dict[str, Any] = field(default_factory=dict)
+    deviation: dict[int, float] = field(default_factory=dict)
+    """Root mean square distance of what the network gives from what the source network gives, in percent of the latter's
+    root mean square; of several outputs the one that is farthest off. Empty without a reference."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; keys of `accuracy` and `agreement` become strings."""
+        """Plain data; keys that are numbers of steps become strings."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        data["accuracy"] = {str(step): value for step, value in self.accuracy.items()}
-        data["agreement"] = {str(step): value for step, value in self.agreement.items()}
-        data["latency"] = {str(step): value for step, value in self.latency.items()}
+        for name in ("accuracy", "agreement", "latency", "deviation"):
+            data[name] = {str(step): value for step, value in data[name].items()}
         return data
 
 
@@ -103,8 +108,10 @@ def evaluate(
 
     Args:
         snn: the spiking network; not modified.
-        data: batches of (images `[B, ...]`, labels `[B]`).
-        reference: the source network, for its accuracy and the agreement with it; not modified.
+        data: batches of (images `[B, ...]`, labels `[B]`), or labels `[B, H, W]` for a network that gives logits
+            `[B, K, H, W]`. Images alone, with a reference, for networks that choose no class: the report then tells how
+            far what they give is from what the source network gives.
+        reference: the source network, for its accuracy, and how far the spiking network is from it; not modified.
         steps: numbers of steps to report, by default 1, 2, 4, ... up to the network's own T. More than T is allowed:
             the network then runs longer than its thresholds were fitted for.
         device: see `make_fabric`.
@@ -115,7 +122,7 @@ def evaluate(
         bits: of a weight (engine=integer, count).
 
     Raises:
-        DataError: no labels, labels out of range, no images, or images that do not fit.
+        DataError: neither labels nor a reference, labels out of range, no images, or images that do not fit.
         OptionError: a number of steps below 1, or an engine that cannot run this network.
     """
     chosen = _steps(steps, snn.steps)
@@ -137,10 +144,10 @@ def evaluate(
     started = time.perf_counter()
     with torch.inference_mode(), lower or fabric.autocast():
         for number, (images, labels) in enumerate(labelled_batches(data), 1):
-            check_labels(images, labels, number)
+            check_labels(images, labels, number, needed=source is None)
             if number % fabric.world_size != fabric.global_rank:
                 continue
-            tally.add(fabric.to_device(images), fabric.to_device(labels), number)
+            tally.add(fabric.to_device(images), None if labels is None else fabric.to_device(labels), number)
     tally.share(fabric)
     if tally.samples == 0:
         raise DataError("the evaluation data is empty; give at least one batch of (images, labels)")
@@ -173,9 +180,9 @@ def accuracy_of(network: nn.Module, data: Batches, fabric: Fabric) -> float:
         for number, (images, labels) in enumerate(labelled_batches(data), 1):
             check_labels(images, labels, number)
             if number % fabric.world_size == fabric.global_rank:
-                answers = _fitting(partial(network, fabric.to_device(images)), "the network", images, number).argmax(1)
+                answers = first(_fitting(partial(network, fabric.to_device(images)), "the network", images, number)).argmax(1)
                 right += int((answers == fabric.to_device(labels)).sum())
-                count += len(images)
+                count += answers.numel()
     right, count = summed(fabric, [right, count])
     if count == 0:
         raise DataError("the evaluation data is empty; give at least one batch of (images, labels)")
@@ -190,12 +197,14 @@ def _steps(steps: Sequence[int] | None, own: int) -> tuple[int, ...]:
     return tuple(sorted(set(steps)))
 
 
-def check_labels(images: Tensor, labels: Tensor | None, number: int) -> None:
-    """Raise DataError unless batch `number` is sound and has one whole number for every image."""
+def check_labels(images: Tensor, labels: Tensor | None, number: int, needed: bool = True) -> None:
+    """Raise DataError unless batch `number` is sound and has a whole number for every image, or several."""
     check_batch(images, f"evaluation batch {number}")
     if labels is None:
-        raise DataError(f"evaluation batch {number} has no labels; give (images, labels) pairs")
-    if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        if needed:
+            raise DataError(f"evaluation batch {number} has no labels; give (images, labels) pairs")
+        return
+    if labels.shape[:1] != images.shape[:1] or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         expected = f"{len(images)} whole numbers"
         raise DataError(f"evaluation batch {number}: labels must be {expected}, got {labels.dtype} {list(labels.shape)}")
 
@@ -217,75 +226,105 @@ class _Tally:
         self.networks, self.source = networks, source
         self.network, steps = networks[-1][0], tuple(step for _, own in networks for step in own)
         self.steps = steps
-        self.samples = 0
+        self.samples, self.labels = 0, 0
         self.right = torch.zeros(len(steps), dtype=torch.int64)
         self.agree = torch.zeros(len(steps), dtype=torch.int64)
         self.reference_right = 0
+        self.away = torch.zeros(len(steps) + 1, 1, dtype=torch.float64)
+        """Squared distances from what the reference gives, by step and output; last the squares of what it gives."""
         self.spikes: dict[str, int] = {}
         self.neurons: dict[str, int] = {}
         for network, _ in networks:
             if len(network.input_shape) == 3:
                 network.to(memory_format=torch.channels_last)
 
-    def add(self, images: Tensor, labels: Tensor, number: int) -> None:
+    def add(self, images: Tensor, labels: Tensor | None, number: int) -> None:
         """Count one batch, simulated in chunks that bound the memory."""
         for part, part_labels in self._chunks(images, labels):
             runs = [_fitting(partial(simulate, network, part), "the spiking network", part, number) for network, _ in self.networks]
-            run = runs[-1]
-            if run.logits.ndim != 3:
-                raise DataError(f"the network gives {list(run.logits.shape[1:])} per batch; accuracy needs logits [B, K]")
-            classes = run.logits.shape[2]
-            if bool((part_labels < 0).any()) or bool((part_labels >= classes).any()):
-                found = f"{int(part_labels.min())}..{int(part_labels.max())}"
-                raise DataError(f"evaluation batch {number}: labels {found} do not fit a network with {classes} classes (0..{classes - 1})")
-            pairs = zip(runs, self.networks, strict=True)
-            chosen = torch.cat([one.logits.argmax(2)[[step - 1 for step in steps]] for one, (_, steps) in pairs])
-            self.right += (chosen == part_labels).sum(1).cpu()
             self.samples += len(part)
-            for site, counts in run.spikes.items():
+            for site, counts in runs[-1].spikes.items():
                 self.spikes[site] = self.spikes.get(site, 0) + int(counts.sum())
+            readouts = each(self._at_steps, *(run.readouts for run in runs))
+            chosen = None if part_labels is None else self._classes(first(readouts), part_labels, number)
             if self.source is not None:
-                logits = _fitting(partial(self.source, part), "the reference", part, number)
-                if logits.shape != run.logits.shape[1:]:
-                    shapes = f"{list(logits.shape)}, the spiking network {list(run.logits.shape[1:])}"
-                    raise DataError(f"the reference gives logits {shapes}; they must have the same classes")
-                answer = logits.argmax(1)
-                self.reference_right += int((answer == part_labels).sum())
-                self.agree += (chosen == answer).sum(1).cpu()
+                self._compare(readouts, _fitting(partial(self.source, part), "the reference", part, number), chosen, part_labels)
+
+    def _at_steps(self, *readouts: Tensor) -> Tensor:
+        """`[T, B, ...]` of every network to `[S, B, ...]`, S being the numbers of steps asked for."""
+        return torch.cat([own[[step - 1 for step in steps]] for own, (_, steps) in zip(readouts, self.networks, strict=True)])
+
+    def _classes(self, logits: Tensor, labels: Tensor, number: int) -> Tensor:
+        """Count the classes `[S, B, ...]` that are chosen after each number of steps."""
+        if logits.ndim < 3 or logits[0].select(1, 0).shape != labels.shape:
+            places = f"{len(labels)} whole numbers, or [B, H, W] for logits [B, K, H, W]"
+            found = f"{labels.dtype} {list(labels.shape)} for logits {list(logits.shape[1:])}"
+            raise DataError(f"evaluation batch {number}: labels must be {places}, got {found}")
+        classes = logits.shape[2]
+        if bool((labels < 0).any()) or bool((labels >= classes).any()):
+            found = f"{int(labels.min())}..{int(labels.max())}"
+            raise DataError(f"evaluation batch {number}: labels {found} do not fit a network with {classes} classes (0..{classes - 1})")
+        chosen = logits.argmax(2)
+        self.right += (chosen == labels).flatten(1).sum(1).cpu()
+        self.labels += labels.numel()
+        return chosen
+
+    def _compare(self, readouts: Outputs, wanted: Outputs, chosen: Tensor | None, labels: Tensor | None) -> None:
+        """Count how far the reference is away."""
+        pairs = list(zip(tensors(readouts), tensors(wanted), strict=False))
+        if len(tensors(readouts)) != len(tensors(wanted)) or any(own.shape[1:] != one.shape for own, one in pairs):
+            shapes = ", ".join(str(list(one.shape)) for one in tensors(wanted))
+            own_shapes = ", ".join(str(list(own.shape[1:])) for own, _ in pairs)
+            raise DataError(f"the reference gives {shapes}, the spiking network {own_shapes}; they must give the same")
+        columns = [torch.cat([(own - one).square().flatten(1).sum(1), one.square().sum()[None]]) for own, one in pairs]
+        self.away = self.away + torch.stack(columns, 1).cpu()
+        if chosen is not None and labels is not None:
+            answer = first(wanted).argmax(1)
+            self.reference_right += int((answer == labels).sum())
+            self.agree += (chosen == answer).flatten(1).sum(1).cpu()
 
     def share(self, fabric: Fabric) -> None:
         """Add up what all processes counted."""
         sites = [site.name for site in self.network.sites]
         own = [
             self.samples,
+            self.labels,
             self.reference_right,
             *self.right.tolist(),
             *self.agree.tolist(),
             *(self.spikes.get(site, 0) for site in sites),
         ]
         total = summed(fabric, own)
-        self.samples, self.reference_right, *rest = total
+        self.samples, self.labels, self.reference_right, *rest = total
         count = len(self.steps)
         self.right, self.agree = torch.tensor(rest[:count]), torch.tensor(rest[count : 2 * count])
         self.spikes = dict(zip(sites, rest[2 * count :], strict=True))
         self.neurons = {site.name: math.prod(site.shape) for site in self.network.sites}
+        if self.source is not None:
+            # A process without a batch does not know yet how many outputs there are.
+            output = next(node for node in self.network.network.graph.nodes if node.op == "output")
+            outputs = len(places(output.args[0]))
+            own_away = self.away.float().to(fabric.device).expand(-1, outputs).contiguous()
+            self.away = cast(Tensor, fabric.all_reduce(own_away, reduce_op="sum")).cpu()
 
-    def _chunks(self, images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _chunks(self, images: Tensor, labels: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
         size = max(1, CHUNK // (images[0].numel() * self.network.steps))
         if images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
-        return list(zip(torch.split(images, size), torch.split(labels, size), strict=True))
+        parts = torch.split(images, size)
+        return list(zip(parts, [None] * len(parts) if labels is None else torch.split(labels, size), strict=True))
 
     def report(self, snn: SpikingNetwork, seconds: float, settings: dict[str, Any]) -> Report:
-        def percent(counts: Tensor) -> dict[int, float]:
-            return {step: 100 * count / self.samples for step, count in zip(self.steps, counts.tolist(), strict=True)}
+        def percent(counts: Tensor, whole: int = self.labels) -> dict[int, float]:
+            return {step: 100 * count / whole for step, count in zip(self.steps, counts.tolist(), strict=True)} if whole else {}
 
+        away = (self.away[:-1] / self.away[-1].clamp_min(SMALLEST)).sqrt().amax(1)
         slots = self.samples * self.network.steps
         return Report(
             samples=self.samples,
             steps=self.steps,
             accuracy=percent(self.right),
-            reference_accuracy=None if self.source is None else 100 * self.reference_right / self.samples,
+            reference_accuracy=None if self.source is None or not self.labels else 100 * self.reference_right / self.labels,
             agreement={} if self.source is None else percent(self.agree),
             latency={step: network.latency // network.steps * step for network, steps in self.networks for step in steps},
             rates={site: total / (self.neurons[site] * slots) for site, total in self.spikes.items()},
@@ -293,4 +332,5 @@ class _Tally:
             provenance=copy.deepcopy(snn.provenance),
             seconds=seconds,
             settings=settings,
+            deviation={} if self.source is None else percent(away, 1),
         )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_unflatten
 
 Build = Callable[..., Any]
 """(arguments of the ATen operator) to the node that takes its place."""
@@ -130,7 +131,7 @@ class _Reader:
                 self.nodes[node] = None if node.name in self.held else self.graph.placeholder(node.name)
             elif node.op == "output":
                 results = [self.nodes[one] for one in node.args[0]]
-                self.graph.output(results[0] if len(results) == 1 else tuple(results))
+                self.graph.output(tree_unflatten(results, self.program.call_spec.out_spec))
             elif node.op == "call_function":
                 made = self._call(node)
                 if isinstance(made, fx.Node) and made not in self.nodes.values():

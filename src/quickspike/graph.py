@@ -17,6 +17,7 @@ from quickspike.errors import TraceError
 from quickspike.operators import ReLU
 from quickspike.piecewise import PIECES
 from quickspike.rewrite import fold_batch_norm, move_max_pools, put_lines, remove_dropout
+from quickspike.structure import Outputs, each, places, tensors
 
 
 @dataclass(frozen=True)
@@ -274,23 +275,38 @@ def _noise(example: Tensor) -> Tensor:
     return torch.randn((2, *example.shape[1:]), generator=generator, dtype=torch.float32).to(example)
 
 
-def _verify_alone(captured: Captured, together: Tensor, alone: Tensor) -> None:
+def _verify_alone(captured: Captured, together: Outputs, alone: Outputs) -> None:
     """A sample must get the same answer alone; sizes do not show that a softmax runs over the batch."""
-    scale = max(float(together.abs().max()), 1e-12)
-    tolerance = 1e-3 if captured.example.dtype in (torch.float32, torch.float64) else 5e-2
-    if not float((together[:1] - alone).abs().max()) / scale <= tolerance:
+    for (place, two), one in zip(places(together).items(), tensors(alone), strict=True):
+        if (two.shape[:1], one.shape[:1]) != ((2,), (1,)):
+            raise TraceError(
+                f"what {captured.name} returns{f' at {place}' if place else ''} does not follow the batch. Way out: return tensors [B, ...]"
+            )
+    if not _apart(each(lambda both: both[:1], together), alone) <= _tolerance(captured):
         raise TraceError(
             f"{captured.name} answers differently for a sample among others than for the sample alone. "
             "Way out: keep samples apart; no softmax, norm or sort along axis 0"
         )
 
 
-def _verify(captured: Captured, expected: Tensor, got: Tensor) -> None:
+def _apart(expected: Outputs, got: Outputs) -> float:
+    """The largest distance in units of the largest value of that tensor; infinite where shapes differ."""
+    pairs = list(zip(tensors(expected), tensors(got), strict=False))
+    if len(tensors(expected)) != len(tensors(got)) or any(a.shape != b.shape for a, b in pairs):
+        return float("inf")
+    errors = torch.stack([(b - a).abs().max() / a.abs().max().clamp_min(1e-12) for a, b in pairs])
+    # A NaN must not get lost.
+    return float(errors.max())
+
+
+def _tolerance(captured: Captured) -> float:
+    return 1e-3 if captured.example.dtype in (torch.float32, torch.float64) else 5e-2
+
+
+def _verify(captured: Captured, expected: Outputs, got: Outputs) -> None:
     """The graph must compute what the source network computes; this catches aliasing that a recording cannot see."""
-    scale = max(float(expected.abs().max()), 1e-12)
-    error = float((got - expected).abs().max()) / scale if got.shape == expected.shape else float("inf")
-    tolerance = 1e-3 if captured.example.dtype in (torch.float32, torch.float64) else 5e-2
-    if not error <= tolerance:
+    error = _apart(expected, got)
+    if not error <= _tolerance(captured):
         raise TraceError(
             f"the recorded graph of {captured.name} does not compute what the network computes (relative error {error:.1e}). "
             "Usual causes: an in-place operation on a tensor that another name still refers to, randomness in forward(), "

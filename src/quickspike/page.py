@@ -26,6 +26,7 @@ from quickspike.evaluation import Report
 from quickspike.files import write_text
 from quickspike.neuron import Neuron, unfold
 from quickspike.operations import Operations, count_operations
+from quickspike.structure import first
 from quickspike.wiring import INPUT, OUTPUT, edges_of
 
 INK = "#010203"
@@ -83,7 +84,7 @@ def sample_of(snn: SpikingNetwork, image: Tensor, pixels: Tensor, label: int, cl
     hooks = [layer.register_forward_hook(keep(name)) for name, layer in snn.neurons().items()]
     try:
         with torch.inference_mode():
-            outputs = snn.outputs(image[None].to(next(snn.parameters())))[:, 0]
+            outputs = first(snn.outputs(image[None].to(next(snn.parameters()))))[:, 0]
     finally:
         for hook in hooks:
             hook.remove()

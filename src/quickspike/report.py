@@ -38,11 +38,14 @@ def accuracy_table(reports: Mapping[str, Report]) -> Table:
 
 
 def report_tables(report: Report) -> RenderableType:
-    """Accuracy, agreement with the source network, and firing rate of every site."""
-    parts: list[RenderableType] = [accuracy_table({str(report.method.get("name")): report})]
+    """Accuracy, distance from the source network, and firing rate of every site."""
+    parts: list[RenderableType] = [accuracy_table({str(report.method.get("name")): report})] if report.accuracy else []
     if report.agreement:
         shares = ", ".join(f"T = {step}: {share:.2f} %" for step, share in report.agreement.items())
         parts.append(Text(f"same class as the source network: {shares}"))
+    if report.deviation:
+        distances = ", ".join(f"T = {step}: {distance:.1f} %" for step, distance in report.deviation.items())
+        parts.append(Text(f"off what the source network gives (root mean square): {distances}"))
     table = Table(title="spikes per neuron and step", min_width=32)
     table.add_column("site", overflow="fold")
     table.add_column("rate", justify="right")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from quickspike.conversion import SpikingNetwork, readout
 from quickspike.errors import ConversionError
 from quickspike.memory import in_bytes, parts
 from quickspike.neuron import Neuron, Timed, unfold
+from quickspike.structure import Outputs, each, first
 
 if TYPE_CHECKING:
     from quickspike.early_exit import Exit
@@ -25,13 +27,19 @@ if TYPE_CHECKING:
 class Run:
     """What one simulation gave."""
 
-    logits: Tensor
+    readouts: Outputs
     """Readout after each step, `[T, B, K]`: the mean of the outputs up to and including that step. A network for the count
-    engine has it after the last step only, and NaN before."""
+    engine has it after the last step only, and NaN before. Several in tuples, lists and dicts where the source network
+    gives several."""
     spikes: Mapping[str, Tensor]
     """Number of spikes of every neuron in T steps, or until its sample stopped, by site, `[B, ...]`."""
     stopped: Tensor | None = None
     """Steps that each sample took, `[B]`, where samples may stop early; its logits stay as they were then."""
+
+    @property
+    def logits(self) -> Tensor:
+        """The readout, `[T, B, K]`; of several the first."""
+        return first(self.readouts)
 
     @property
     def steps(self) -> int:
@@ -90,13 +98,15 @@ class _LayerByLayer(fx.Interpreter):
 def _layer_by_layer(snn: SpikingNetwork, images: Tensor) -> Run:
     interpreter = _LayerByLayer(snn)
     if snn.summed:
-        last = interpreter.run(images)
-        # There is no answer before the last window is over.
-        logits = last.new_full((snn.steps, *last.shape), math.nan)
-        logits[-1] = last
-        return Run(logits, interpreter.spikes)
-    outputs = unfold(interpreter.run(images), snn.steps)
-    return Run(readout(outputs), interpreter.spikes)
+        return Run(each(partial(_at_the_end, snn.steps), interpreter.run(images)), interpreter.spikes)
+    return Run(each(lambda out: readout(unfold(out, snn.steps)), interpreter.run(images)), interpreter.spikes)
+
+
+def _at_the_end(steps: int, last: Tensor) -> Tensor:
+    """There is no answer before the last window is over."""
+    readouts = last.new_full((steps, *last.shape), math.nan)
+    readouts[-1] = last
+    return readouts
 
 
 def _in_parts(snn: SpikingNetwork, images: Tensor, memory: int) -> Run:
@@ -105,19 +115,19 @@ def _in_parts(snn: SpikingNetwork, images: Tensor, memory: int) -> Run:
     run = _layer_by_layer if size.steps == snn.steps else partial(_in_time, steps=size.steps)
     runs = [run(snn, part) for part in torch.split(images, size.samples)]
     spikes = {site: torch.cat([one.spikes[site] for one in runs]) for site in runs[0].spikes}
-    return Run(torch.cat([one.logits for one in runs], 1), spikes)
+    return Run(each(lambda *parts: torch.cat(parts, 1), *(one.readouts for one in runs)), spikes)
 
 
 def _in_time(snn: SpikingNetwork, images: Tensor, steps: int) -> Run:
     """Some steps at a time."""
-    outputs, spikes, states = list[Tensor](), dict[str, Tensor](), dict[str, Any]()
+    outputs, spikes, states = list[Outputs](), dict[str, Tensor](), dict[str, Any]()
     for start in range(0, snn.steps, steps):
         count = min(steps, snn.steps - start)
         part = _Part(snn, states, count)
-        outputs.append(unfold(part.run(images), count))
+        outputs.append(each(partial(unfold, steps=count), part.run(images)))
         states = part.states
         spikes = {site: spikes.get(site, 0) + fired for site, fired in part.fired.items()}
-    return Run(readout(torch.cat(outputs)), spikes)
+    return Run(each(lambda *parts: readout(torch.cat(parts)), *outputs), spikes)
 
 
 class _Part(fx.Interpreter):
@@ -142,32 +152,36 @@ class _Part(fx.Interpreter):
 def _step_by_step(snn: SpikingNetwork, images: Tensor, exit: Exit | None = None) -> Run:
     running, states, constants = torch.arange(len(images), device=images.device), dict[str, Any](), _constants(snn, images)
     stopped = torch.full_like(running, snn.steps)
-    logits, spikes, outputs = list[Tensor](), dict[str, Tensor](), list[Tensor]()
+    readouts, spikes, outputs = list[Outputs](), dict[str, Tensor](), list[Outputs]()
     for step in range(1, snn.steps + 1):
         part = _Part(snn, states, 1)
         outputs.append(part.run(images, initial_env=dict(constants)))
         states = part.states
-        mean = readout(torch.stack(outputs))[-1]
+        mean = each(lambda *steps: readout(torch.stack(steps))[-1], *outputs)
         if len(running) == len(stopped):
-            logits.append(mean)
+            readouts.append(mean)
         else:
-            logits.append(logits[-1].index_copy(0, running, mean))
+            readouts.append(each(partial(_put, running), readouts[-1], mean))
         for site, fired in part.fired.items():
             spikes[site] = fired if site not in spikes else spikes[site].index_add(0, running, fired)
         if exit is None or step == snn.steps:
             continue
-        decided = exit.decided(mean)
+        decided = exit.decided(first(mean))
         if not bool(decided.any()):
             continue
         stopped[running[decided]] = step
         going = (~decided).nonzero().flatten()
         if not len(going):
-            logits += [logits[-1]] * (snn.steps - step)
+            readouts += [readouts[-1]] * (snn.steps - step)
             break
-        running, images, outputs = running[going], images[going], [out[going] for out in outputs]
+        running, images, outputs = running[going], images[going], [each(itemgetter(going), one) for one in outputs]
         # Sizes are among the constants, so these are computed anew.
         states, constants = _some(states, going), _constants(snn, images)
-    return Run(torch.stack(logits), spikes, None if exit is None else stopped)
+    return Run(each(lambda *steps: torch.stack(steps), *readouts), spikes, None if exit is None else stopped)
+
+
+def _put(samples: Tensor, into: Tensor, values: Tensor) -> Tensor:
+    return into.index_copy(0, samples, values)
 
 
 def _constants(snn: SpikingNetwork, images: Tensor) -> dict[fx.Node, Any]:
@@ -195,20 +209,20 @@ def _some(value: Any, samples: Tensor) -> Any:
     return type(value)(_some(one, samples) for one in value) if isinstance(value, (tuple, list)) else value
 
 
-def outputs_in_chunks(snn: SpikingNetwork, images: Tensor, chunk: int) -> Tensor:
+def outputs_in_chunks(snn: SpikingNetwork, images: Tensor, chunk: int) -> Outputs:
     """What the last layer gives at each step, `[T, B, K]`, with the activations of `chunk` steps in memory at a time.
 
     The activations of earlier chunks are computed again in the backward pass (activation checkpointing over time);
     only the membrane potentials between chunks are kept. Numbers and gradients are those of `snn.outputs`.
     """
 
-    def run(images: Tensor, states: Mapping[str, Any], steps: int) -> tuple[Tensor, dict[str, Any]]:
+    def run(images: Tensor, states: Mapping[str, Any], steps: int) -> tuple[Outputs, dict[str, Any]]:
         part = _Part(snn, states, steps)
-        return unfold(part.run(images), steps), part.states
+        return each(partial(unfold, steps=steps), part.run(images)), part.states
 
     outputs, states = [], dict[str, Any]()
     for start in range(0, snn.steps, chunk):
         steps = min(chunk, snn.steps - start)
         out, states = checkpoint(run, images, states, steps, use_reentrant=False)
         outputs.append(out)
-    return torch.cat(outputs)
+    return each(lambda *parts: torch.cat(parts), *outputs)

@@ -29,6 +29,7 @@ from quickspike.memory import keep_freed_memory
 from quickspike.metrics import Metrics
 from quickspike.options import option, validate
 from quickspike.provenance import digest
+from quickspike.structure import first
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -272,7 +273,7 @@ def _accuracy(fabric: Fabric, network: nn.Module, batches: TrainingBatches) -> f
     right, count = 0, 0
     with torch.no_grad(), fabric.autocast():
         for images, labels in batches.validation():
-            right += int((network(images).argmax(1) == labels).sum())
+            right += int((first(network(images)).argmax(1) == labels).sum())
             count += len(labels)
     return 100 * _shared_mean(fabric, right, count)
 
@@ -292,7 +293,7 @@ def _loss_of(settings: Training, classes: int, answers: Callable[[Tensor], Tenso
         return F.mse_loss(logits, wanted.float())
 
     def loss(network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        logits = network(images).float()
+        logits = first(network(images)).float()
         if answers is None:
             return to_labels(logits, targets)
         return (1 - settings.distill) * to_labels(logits, targets) + settings.distill * divergence(
@@ -338,7 +339,7 @@ def _answers_of(trainer: Trainer, settings: Training) -> Callable[[Tensor], Tens
     def answers(images: Tensor) -> Tensor:
         try:
             with torch.no_grad(), trainer.fabric.autocast():
-                logits = teacher(images)
+                logits = first(teacher(images))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

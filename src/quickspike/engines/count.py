@@ -93,6 +93,6 @@ def _adds_a_constant(node: fx.Node, layer: Any) -> bool:
 
 def _divide(module: fx.GraphModule, output: fx.Node, steps: int) -> None:
     module.add_submodule("mean_over_steps", Scaled(1 / steps))
-    (result,) = output.all_input_nodes
-    with module.graph.inserting_before(output):
-        output.replace_input_with(result, module.graph.call_module("mean_over_steps", (result,)))
+    for result in output.all_input_nodes:
+        with module.graph.inserting_before(output):
+            output.replace_input_with(result, module.graph.call_module("mean_over_steps", (result,)))

@@ -45,9 +45,9 @@ def to_bfloat16(snn: SpikingNetwork) -> None:
             node.target = name
         if node.op == "output":
             module.add_submodule("single", Single())
-            (result,) = node.all_input_nodes
-            with module.graph.inserting_before(node):
-                node.replace_input_with(result, module.graph.call_module("single", (result,)))
+            for result in node.all_input_nodes:
+                with module.graph.inserting_before(node):
+                    node.replace_input_with(result, module.graph.call_module("single", (result,)))
     module.delete_all_unused_submodules()
     module.graph.lint()
     module.recompile()

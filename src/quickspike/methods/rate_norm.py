@@ -23,6 +23,7 @@ from quickspike.graph import Site, Traced
 from quickspike.method import Method, Paper, register
 from quickspike.neuron import NeuronParameters, unfold
 from quickspike.options import option
+from quickspike.structure import first
 from quickspike.training import Loss, Train, parameter_groups
 
 if TYPE_CHECKING:
@@ -186,9 +187,9 @@ def rate_inference_loss(layers: list[RateNormLayer], reference: nn.Module, weigh
     """1 - cos(reference's logits, logits) + weight * mean Omega over the layers and the logits (relu(y)/max(y))."""
 
     def loss(network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        logits = network(images).float()
+        logits = first(network(images)).float()
         with torch.no_grad():
-            wanted = reference(images).float()
+            wanted = first(reference(images)).float()
         positive = logits.relu()
         omegas = [layer.omega for layer in layers if layer.omega is not None]
         for layer in layers:
