@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import nn
 
-from quickspike.data import DataSet, Statistics, load_data
+from quickspike.data import DataSet, load_data
 from quickspike.memory import keep_freed_memory
 from quickspike.models import load_model
+from quickspike.preprocessing import Preprocessing
 from quickspike.provenance import commit, machine, versions
 
 Times = dict[str, float]
@@ -95,7 +96,7 @@ def network_and_data(parser: argparse.ArgumentParser) -> tuple[argparse.Namespac
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     model = load_model(options.model, options.weights)
-    data = load_data(options.data, statistics=Statistics(tuple(options.mean), tuple(options.std)))
+    data = load_data(options.data, preprocessing=Preprocessing(tuple(options.mean), tuple(options.std)))
     # What is saved names no file of whoever runs it.
     options.model, options.weights, options.data = options.model.rpartition(":")[2], options.weights.name, Path(options.data).name
     return options, model, data

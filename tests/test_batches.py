@@ -13,20 +13,21 @@ from torch.utils.data import Dataset
 
 from quickspike.augmentation import Augmentation
 from quickspike.batches import Share, TrainingBatches, classes_of
-from quickspike.data import DataSet, Images, Statistics
+from quickspike.data import DataSet, Images
 from quickspike.errors import DataError
+from quickspike.preprocessing import Preprocessing
 
 CPU = torch.device("cpu")
-COLOURS = Statistics((0.1, 0.2, 0.3), (0.5, 1.5, 2.5))
+COLOURS = Preprocessing((0.1, 0.2, 0.3), (0.5, 1.5, 2.5))
 # Forking workers from a process with threads: Python 3.12 warns of it, PyTorch does it all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
-def numbered(count: int, statistics: Statistics = Statistics((0.0,), (1.0,)), channels: int = 1) -> Images:  # noqa: B008
+def numbered(count: int, preprocessing: Preprocessing = Preprocessing((0.0,), (1.0,)), channels: int = 1) -> Images:  # noqa: B008
     """Random images whose first two pixels spell their index; labels are the index modulo 7."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, 4, 4, channels), dtype=np.uint8)
     pixels[:, 0, 0], pixels[:, 0, 1] = (np.arange(count) // 256)[:, None], (np.arange(count) % 256)[:, None]
-    return Images(pixels, np.arange(count) % 7, statistics, "numbered")
+    return Images(pixels, np.arange(count) % 7, preprocessing, "numbered")
 
 
 class Plain(Dataset[Any]):
@@ -51,9 +52,9 @@ def batches(
     seed: int = 0,
     share: Share | None = None,
     augmentation: Augmentation | None = None,
-    statistics: Statistics = Statistics((0.0,), (1.0,)),  # noqa: B008
+    preprocessing: Preprocessing = Preprocessing((0.0,), (1.0,)),  # noqa: B008
 ) -> TrainingBatches:
-    data = DataSet("numbered", images, images, statistics, tuple("abcdefg"))
+    data = DataSet("numbered", images, images, preprocessing, tuple("abcdefg"))
     return TrainingBatches(data, validation, size, augmentation or Augmentation(), seed, CPU, share)
 
 
@@ -117,9 +118,9 @@ def test_shuffling_draws_nothing_from_the_global_generator() -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_are_normalised_as_the_data_set_does_it(channels: int) -> None:
-    statistics = COLOURS if channels == 3 else Statistics((0.3,), (0.4,))
-    images = numbered(30, statistics, channels)
-    made = batches(images, 10, 10, statistics=statistics)
+    preprocessing = COLOURS if channels == 3 else Preprocessing((0.3,), (0.4,))
+    images = numbered(30, preprocessing, channels)
+    made = batches(images, 10, 10, preprocessing=preprocessing)
     raw = {tuple(images.pixels[index].flatten().tolist()): index for index in range(30)}
     for found, labels in (*made.epoch(0), *made.validation()):
         pixels = (found * images.std + images.mean) * 255
@@ -158,7 +159,7 @@ def test_training_images_are_augmented_and_validation_images_are_not() -> None:
 
 def test_the_hole_of_cutout_has_the_mean_of_the_data_set() -> None:
     """After normalisation it is 0 in every channel."""
-    made = batches(numbered(20, COLOURS, 3), 20, augmentation=Augmentation(cutout=4), statistics=COLOURS)
+    made = batches(numbered(20, COLOURS, 3), 20, augmentation=Augmentation(cutout=4), preprocessing=COLOURS)
     images, _ = next(iter(made.epoch(0)))
     assert float(images.abs().max()) < 1e-6
 
@@ -201,8 +202,8 @@ def test_a_batch_that_does_not_divide_over_the_processes_is_refused() -> None:
 
 def test_images_from_workers_are_those_from_memory() -> None:
     images = numbered(60, COLOURS, 3)
-    memory = batches(images, 12, 10, statistics=COLOURS)
-    workers = batches(Plain(images), 12, 10, statistics=COLOURS)
+    memory = batches(images, 12, 10, preprocessing=COLOURS)
+    workers = batches(Plain(images), 12, 10, preprocessing=COLOURS)
     for one, other in ((memory.epoch(2), workers.epoch(2)), (memory.validation(), workers.validation())):
         for (expected, labels), (found, found_labels) in zip(one, other, strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -211,9 +212,9 @@ def test_images_from_workers_are_those_from_memory() -> None:
 
 
 def test_images_from_workers_are_augmented_like_those_from_memory() -> None:
-    """The pixels are back in [0, 1] there, whatever the statistics."""
+    """The pixels are back in [0, 1] there, whatever the preprocessing."""
     images = numbered(24, COLOURS, 3)
-    made = batches(Plain(images), 24, augmentation=Augmentation(cutout=4), statistics=COLOURS)
+    made = batches(Plain(images), 24, augmentation=Augmentation(cutout=4), preprocessing=COLOURS)
     found, _ = next(iter(made.epoch(0)))
     assert float(found.abs().max()) < 1e-5
 
@@ -251,9 +252,9 @@ def test_fewer_images_than_processes_are_refused() -> None:
 
 def test_the_number_of_classes() -> None:
     images, few = numbered(10), numbered(3)
-    statistics = Statistics((0.0,), (1.0,))
-    assert classes_of(DataSet("named", images, images, statistics, tuple("abcdefghi"))) == 9
-    assert classes_of(DataSet("unnamed", images, few, statistics)) == 7
-    assert classes_of(DataSet("unnamed", few, images, statistics)) == 7
+    preprocessing = Preprocessing((0.0,), (1.0,))
+    assert classes_of(DataSet("named", images, images, preprocessing, tuple("abcdefghi"))) == 9
+    assert classes_of(DataSet("unnamed", images, few, preprocessing)) == 7
+    assert classes_of(DataSet("unnamed", few, images, preprocessing)) == 7
     with pytest.raises(DataError, match="names"):
-        classes_of(DataSet("unknown", Plain(images), Plain(images), statistics))
+        classes_of(DataSet("unknown", Plain(images), Plain(images), preprocessing))

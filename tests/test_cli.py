@@ -17,6 +17,7 @@ import quickspike as qs
 from quickspike.cli import main
 from quickspike.method import all_methods
 from quickspike.options import options_of
+from quickspike.preprocessing import Preprocessing
 
 MODEL = """
 from torch import nn
@@ -375,7 +376,7 @@ def test_convert_as_json(model: Path, tmp_path: Path, run: Any) -> None:
 def test_evaluation_normalises_as_the_conversion_did(model: Path, tmp_path: Path, run: Any) -> None:
     out = tmp_path / "a"
     run("convert", f"{model}:net", "--data", "digits", "--calibration-images", 50, "--mean", 0.2, "--std", 0.7, "--out", out)
-    assert qs.load(out).provenance["statistics"] == {"mean": [0.2], "std": [0.7]}
+    assert Preprocessing.from_json(qs.load(out).provenance["preprocessing"]) == Preprocessing((0.2,), (0.7,))
     own = json.loads(run("evaluate", out, "--data", "digits", "--images", 50, "--device", "cpu", "--json").out)
     explicit = run("evaluate", out, "--data", "digits", "--images", 50, "--mean", 0.2, "--std", 0.7, "--device", "cpu", "--json")
     other = run("evaluate", out, "--data", "digits", "--images", 50, "--mean", 0.9, "--std", 0.1, "--device", "cpu", "--json")
@@ -386,7 +387,7 @@ def test_evaluation_normalises_as_the_conversion_did(model: Path, tmp_path: Path
 def test_negative_means_are_read(model: Path, tmp_path: Path, run: Any) -> None:
     arguments = ("--data", "digits", "--mean", "-0.5", "--std", "0.5", "--calibration-images", 20, "--out", tmp_path / "a")
     assert run("convert", f"{model}:net", *arguments).code == 0
-    assert qs.load(tmp_path / "a").provenance["statistics"]["mean"] == [-0.5]
+    assert qs.load(tmp_path / "a").provenance["preprocessing"]["mean"] == [-0.5]
 
 
 def test_weights_are_loaded(model: Path, tmp_path: Path, run: Any) -> None:
@@ -556,7 +557,7 @@ def test_statistics_of_a_strange_file_are_refused(network: Path, tmp_path: Path,
     """Provenance is free-form: a file may hold anything under this key."""
     for strange in (3, "abc", [], {"mean": [0.5]}, {"mean": 1, "std": 1}, {"mean": ["a"], "std": ["b"]}, {"mean": [0.5], "std": [0]}):
         snn = qs.load(network)
-        snn.provenance["statistics"] = strange
+        snn.provenance["preprocessing"] = strange
         snn.save(tmp_path / "a")
         result = run("evaluate", tmp_path / "a", "--data", "digits", "--images", 5, "--device", "cpu")
         assert "Traceback" not in result.err

@@ -18,19 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import quickspike as qs
-from quickspike.data import (
-    BATCH,
-    NPZ_KEYS,
-    STATISTICS,
-    DataSet,
-    Images,
-    ImageStream,
-    Statistics,
-    image_batches,
-    labelled_batches,
-    load_data,
-)
+from quickspike.data import BATCH, NPZ_KEYS, DataSet, Images, ImageStream, image_batches, labelled_batches, load_data
 from quickspike.errors import DataError, QuickspikeError, UnknownNameError
+from quickspike.preprocessing import PREPROCESSING, Preprocessing
 
 # The digits
 
@@ -61,7 +51,7 @@ def test_digits_are_the_same_every_time_and_the_splits_are_apart() -> None:
 
 def test_digits_statistics_are_those_of_the_training_pixels() -> None:
     pixels = load_data("digits").train.pixels.double() / 255
-    stated = STATISTICS["digits"]
+    stated = PREPROCESSING["digits"]
     assert stated.mean == (pytest.approx(float(pixels.mean()), abs=5e-5),)
     assert stated.std == (pytest.approx(float(pixels.std(unbiased=False)), abs=5e-5),)
 
@@ -73,8 +63,8 @@ def test_digits_come_out_with_mean_0_and_deviation_1() -> None:
 
 
 def test_other_statistics_replace_the_own() -> None:
-    data = load_data("digits", statistics=Statistics((0.25,), (0.5,)))
-    assert data.statistics == Statistics((0.25,), (0.5,))
+    data = load_data("digits", preprocessing=Preprocessing((0.25,), (0.5,)))
+    assert data.preprocessing == Preprocessing((0.25,), (0.5,))
     assert torch.equal(data.train[3][0], (data.train.pixels[3] / 255 - 0.25) / 0.5)
 
 
@@ -87,9 +77,9 @@ def test_one_image_and_a_batch_are_normalised_alike() -> None:
 
 
 def test_the_published_statistics_have_one_value_per_channel() -> None:
-    channels = {"mnist": 1, "fashion-mnist": 1, "digits": 1, "cifar10": 3, "cifar100": 3, "imagefolder": 3}
-    assert channels == {name: len(statistics.mean) for name, statistics in STATISTICS.items()}
-    assert channels == {name: len(statistics.std) for name, statistics in STATISTICS.items()}
+    channels = {"mnist": 1, "fashion-mnist": 1, "digits": 1, "cifar10": 3, "cifar100": 3, "imagefolder": 3, "imagenet": 3, "npz": 1}
+    assert channels == {name: len(preprocessing.mean) for name, preprocessing in PREPROCESSING.items()}
+    assert channels == {name: len(preprocessing.std) for name, preprocessing in PREPROCESSING.items()}
 
 
 def test_a_loader_keeps_the_order_and_the_limit() -> None:
@@ -118,7 +108,7 @@ def test_an_unknown_split_is_a_user_error() -> None:
         ("digit", "'digits'"),
         ("fashion_mnist", "'fashion-mnist'"),
         ("cifar-10", "'cifar10'"),
-        ("imagenet", "known"),
+        ("tinyimagenet", "known"),
         ("", "known"),
         ("zip:a", "n"),
     ],
@@ -163,17 +153,19 @@ def test_npz_is_read_as_it_is(shape: tuple[int, ...], dtype: Any, tmp_path: Path
     expected = torch.from_numpy(made["train_images"].reshape(6, 5, 4, channels)).permute(0, 3, 1, 2) / 255
     assert torch.equal(images, (expected - 0.5) / 0.5)
     assert data.class_names == ()
-    assert data.statistics == Statistics((0.5,), (0.5,))
+    assert data.preprocessing == Preprocessing((0.5,), (0.5,))
 
 
 def test_npz_takes_names_statistics_and_further_arrays(tmp_path: Path) -> None:
     made = arrays(shape=(5, 4, 3)) | {"class_names": np.array(["a", "b", "ü"]), "note": np.zeros(2)}
     np.savez(tmp_path / "a:b.npz", **made)
-    statistics = Statistics((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    data = load_data(f"npz:{tmp_path / 'a:b.npz'}", statistics=statistics)
+    preprocessing = Preprocessing((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    data = load_data(f"npz:{tmp_path / 'a:b.npz'}", preprocessing=preprocessing)
     assert data.class_names == ("a", "b", "ü")
     image = torch.from_numpy(made["test_images"][2]).permute(2, 0, 1) / 255
-    assert torch.equal(data.test[2][0], (image - torch.tensor(statistics.mean).view(3, 1, 1)) / torch.tensor(statistics.std).view(3, 1, 1))
+    assert torch.equal(
+        data.test[2][0], (image - torch.tensor(preprocessing.mean).view(3, 1, 1)) / torch.tensor(preprocessing.std).view(3, 1, 1)
+    )
 
 
 Edit = Callable[[dict[str, Any]], None]
@@ -274,17 +266,18 @@ def test_a_damaged_npz_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "statistics", [Statistics((0.5, 0.5), (0.5, 0.5)), Statistics((0.5,), (0.5, 0.5, 0.5)), Statistics((), ()), Statistics((0.5,), ())]
+    "preprocessing",
+    [Preprocessing((0.5, 0.5), (0.5, 0.5)), Preprocessing((0.5,), (0.5, 0.5, 0.5)), Preprocessing((), ()), Preprocessing((0.5,), ())],
 )
-def test_statistics_of_another_channel_count_are_refused(statistics: Statistics) -> None:
+def test_statistics_of_another_channel_count_are_refused(preprocessing: Preprocessing) -> None:
     with pytest.raises(DataError, match="channel"):
-        load_data("digits", statistics=statistics)
+        load_data("digits", preprocessing=preprocessing)
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.5, 0.0), (0.5, -1.0), (float("nan"), 1.0), (0.5, float("nan")), (0.5, float("inf"))])
 def test_statistics_that_cannot_normalise_are_refused(mean: float, std: float) -> None:
     with pytest.raises(DataError, match="std"):
-        load_data("digits", statistics=Statistics((mean,), (std,)))
+        load_data("digits", preprocessing=Preprocessing((mean,), (std,)))
 
 
 # torchvision's sets, from files made here
@@ -313,7 +306,7 @@ def test_mnist_files_are_read(name: str, folder: str, tmp_path: Path) -> None:
     assert np.array_equal(data.train.pixels.numpy()[:, 0], made["train"])
     assert np.array_equal(data.test.pixels.numpy()[:, 0], made["t10k"])
     assert data.test.labels.tolist() == list(range(7))
-    mean, std = STATISTICS[name].mean[0], STATISTICS[name].std[0]
+    mean, std = PREPROCESSING[name].mean[0], PREPROCESSING[name].std[0]
     assert torch.allclose(data.train[1][0][0], (torch.from_numpy(made["train"][1]) / 255 - mean) / std)
 
 
@@ -461,7 +454,7 @@ def test_image_folders_are_read(splits: tuple[str, ...], tmp_path: Path) -> None
     assert images.shape == (4, 3, 224, 224)
     assert images.dtype == torch.float32
     assert labels.tolist() == [0, 0, 1, 1]
-    low = [(0 - mean) / std for mean, std in zip(STATISTICS["imagefolder"].mean, STATISTICS["imagefolder"].std, strict=True)]
+    low = [(0 - mean) / std for mean, std in zip(PREPROCESSING["imagefolder"].mean, PREPROCESSING["imagefolder"].std, strict=True)]
     assert float(images.min()) >= min(low) - 1e-5
 
 
@@ -498,7 +491,7 @@ def test_a_picture_that_cannot_be_read_is_a_user_error(tmp_path: Path) -> None:
 def test_image_folder_statistics_have_to_fit(tmp_path: Path) -> None:
     make_folder(tmp_path)
     with pytest.raises(DataError, match="channel"):
-        load_data(f"imagefolder:{tmp_path}", statistics=Statistics((0.5, 0.5), (0.5, 0.5)))
+        load_data(f"imagefolder:{tmp_path}", preprocessing=Preprocessing((0.5, 0.5), (0.5, 0.5)))
 
 
 # Images, the class
@@ -506,7 +499,7 @@ def test_image_folder_statistics_have_to_fit(tmp_path: Path) -> None:
 
 def test_images_do_not_share_the_callers_memory_in_a_way_that_changes_it() -> None:
     pixels, labels = np.zeros((3, 4, 4), np.uint8), np.array([0, 1, 2], np.int32)
-    images = Images(pixels, labels, Statistics((0.5,), (0.5,)), "here")
+    images = Images(pixels, labels, Preprocessing((0.5,), (0.5,)), "here")
     images[0][0].add_(1)
     images.__getitems__([0, 1])[0][0].add_(1)
     assert pixels.max() == 0

@@ -251,6 +251,19 @@ def test_a_batch_that_does_not_divide_is_refused(one: Any, two: Any) -> None:
         assert "63" in found["odd"]
 
 
+def test_processes_of_the_command_line_share_an_evaluation(folder: Path, tmp_path: Path) -> None:
+    main(["convert", f"{folder}/work.py:net", "--data", "digits", "--steps", "2", "--out", str(tmp_path / "net.safetensors")])
+    arguments = ["evaluate", tmp_path / "net.safetensors", "--data", "digits", "--reference", f"{folder}/work.py:net", "--device", "cpu"]
+    two = in_its_own_processes("-m", "quickspike", *arguments, "--json", "--devices", 2)
+    assert two.returncode == 0, two.stderr[-3000:]
+    main([*map(str, arguments), "--out", str(tmp_path / "one.json")])
+    one, found = json.loads((tmp_path / "one.json").read_text()), json.loads(two.stdout)
+    assert (found["settings"]["processes"], one["settings"]["processes"]) == (2, 1)
+    for name in ("samples", "accuracy", "agreement", "reference_accuracy", "rates"):
+        assert found[name] == one[name], name
+    assert found["deviation"] == pytest.approx(one["deviation"], rel=1e-5)
+
+
 def test_the_command_line_starts_the_processes_itself(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Lightning Fabric starts the second process when `--devices 2` asks for it."""
     arguments = ["train", f"{folder}/work.py:net", "--data", "digits", "--device", "cpu", "--epochs", "2", "--batch-size", "64", "--json"]

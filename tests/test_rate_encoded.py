@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 import quickspike as qs
 from quickspike.api import finish, fit
-from quickspike.data import DataSet, ImageStream, Statistics, load_data
+from quickspike.data import DataSet, ImageStream, load_data
 from quickspike.errors import ConversionError, DataError
 from quickspike.evaluation import make_fabric
 from quickspike.graph import Site, Traced, trace
 from quickspike.methods.rate_encoded import LevelReLU, RateEncoded, channel_rates, train_thresholds
 from quickspike.networks import digits_cnn
 from quickspike.neuron import Neuron, NeuronParameters
+from quickspike.preprocessing import Preprocessing
 from quickspike.training import History, Trainer, Training
 
 F64 = torch.float64
@@ -608,7 +609,7 @@ def test_the_range_is_trained_before_the_levels(encode: bool) -> None:
 
 
 def test_a_trained_network_and_its_twin(digits: DataSet) -> None:
-    data = load_data("digits", statistics=Statistics((0.0,), (1.0,)))
+    data = load_data("digits", preprocessing=Preprocessing((0.0,), (1.0,)))
     images = torch.cat([batch for batch, _ in data.loader("test", limit=100)])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

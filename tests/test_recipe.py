@@ -21,11 +21,11 @@ import quickspike as qs
 import quickspike.training
 from quickspike.augmentation import Augmentation
 from quickspike.cli import main
-from quickspike.data import Statistics
 from quickspike.errors import QuickspikeError
 from quickspike.evaluation import make_fabric
 from quickspike.files import OutputError
 from quickspike.models import load_model
+from quickspike.preprocessing import Preprocessing
 from quickspike.recipe import Place, Recipe, RecipeError, plan, read_recipe, run_recipe, summarise
 from quickspike.training import Interrupted, Silent, Training
 from quickspike.tuning import Tuning
@@ -170,7 +170,7 @@ def rendered(what: Any) -> str:
 def test_a_recipe_says_everything(write: Callable[[str], Path]) -> None:
     recipe = read_recipe(write(TEXT))
     assert (recipe.title, recipe.seeds, recipe.data, recipe.model) == ("digits with QCFS", (0, 1), "digits", "digits_cnn,width=4")
-    assert recipe.statistics == Statistics((0.3,), (0.4,))
+    assert recipe.preprocessing == Preprocessing((0.3,), (0.4,))
     assert (recipe.calibration, recipe.steps, recipe.precision) == (100, (1, 2), "32-true")
     assert recipe.method == qs.methods.QCFS(steps=2, levels=2)
     assert recipe.source == Training(epochs=2, batch_size=100, learning_rate=0.05)
@@ -184,7 +184,7 @@ def test_a_recipe_says_everything(write: Callable[[str], Path]) -> None:
 
 def test_what_a_recipe_leaves_out_is_not_done(write: Callable[[str], Path]) -> None:
     recipe = read_recipe(write('title = "t"\nmodel = "digits_cnn"\n[data]\nname = "digits"\n[method]\nname = "qcfs"\n'))
-    assert (recipe.source, recipe.train, recipe.tune, recipe.statistics, recipe.published) == (None, None, None, None, ())
+    assert (recipe.source, recipe.train, recipe.tune, recipe.preprocessing, recipe.published) == (None, None, None, None, ())
     assert (recipe.seeds, recipe.tuning, recipe.augmentation) == ((0,), Tuning(), Augmentation())
 
 
@@ -361,7 +361,7 @@ def by_hand(network: Callable[[Tensor], Tensor], data: Any) -> float:
 
 
 def test_the_accuracies_are_those_of_the_networks_on_disk(done: Done) -> None:
-    data = qs.data.load_data("digits", statistics=Statistics((0.3,), (0.4,)))
+    data = qs.data.load_data("digits", preprocessing=Preprocessing((0.3,), (0.4,)))
     [source] = (done.out.parent / "sources").iterdir()
     for run in done.result["runs"]:
         folder = done.out / f"seed{run['seed']}"
@@ -374,7 +374,7 @@ def test_the_accuracies_are_those_of_the_networks_on_disk(done: Done) -> None:
                 assert run["accuracy"][stage][str(step)] == pytest.approx(by_hand(snn.with_steps(step), data))
             assert snn.provenance["model"] == "digits_cnn,width=4"
             assert snn.provenance["seed"] == run["seed"]
-            assert snn.provenance["statistics"] == {"mean": [0.3], "std": [0.4]}
+            assert Preprocessing.from_json(snn.provenance["preprocessing"]) == Preprocessing((0.3,), (0.4,))
         assert run["accuracy"]["source"] > 15
 
 
@@ -477,7 +477,7 @@ def test_recipes_with_the_same_source_share_it(fabric: Any, tmp_path: Path) -> N
     settings = Training(epochs=1, batch_size=500, learning_rate=0.05)
     assert begun("other settings", source=settings) == ["source", "ann"]
     assert begun("other augmentation", augmentation=Augmentation(noise=0.1)) == ["source", "ann"]
-    assert begun("other statistics", statistics=Statistics((0.5,), (0.5,))) == ["source", "ann"]
+    assert begun("other preprocessing", preprocessing=Preprocessing((0.5,), (0.5,))) == ["source", "ann"]
     assert begun("other width", model="digits_cnn,width=5") == ["source", "ann"]
     assert begun("other seed", seeds=(0, 7), train=None) == ["source"]
     assert begun("other precision", precision="bf16-true", train=None) == ["source"]

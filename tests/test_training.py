@@ -28,6 +28,7 @@ from quickspike.errors import CheckpointError, DataError, OptionError, Quickspik
 from quickspike.evaluation import make_fabric
 from quickspike.files import OutputError
 from quickspike.options import options_of
+from quickspike.preprocessing import Preprocessing
 from quickspike.training import Interrupted, Silent, Trainer, Training, TrainingError, parameter_groups, rate_factor
 from quickspike.tuning import Tuning
 
@@ -98,7 +99,7 @@ def few(digits: DataSet) -> DataSet:
     train = digits.train
     assert isinstance(train, Images)
     pixels = train.pixels[:200].permute(0, 2, 3, 1).numpy()
-    return dataclasses.replace(digits, train=Images(pixels, train.labels[:200].numpy(), digits.statistics, "few"))
+    return dataclasses.replace(digits, train=Images(pixels, train.labels[:200].numpy(), digits.preprocessing, "few"))
 
 
 @pytest.fixture
@@ -234,7 +235,7 @@ def nothing_to_learn(network: nn.Module, images: Tensor, targets: Tensor) -> Ten
 def test_biases_and_norms_have_no_weight_decay(trainer: Callable[..., Trainer]) -> None:
     network = cnn()
     before = weights_of(network)
-    # mode=eval: running statistics are none of the optimiser's.
+    # mode=eval: running preprocessing are none of the optimiser's.
     trainer(weight_decay=0.5)(network, "a", loss=nothing_to_learn, mode=nn.Module.eval)
     after = weights_of(network)
     for name, old in before.items():
@@ -333,15 +334,15 @@ def test_mode_is_honoured_and_training_mode_the_default(trainer: Callable[..., T
         return network(images).square().mean()
 
     network = cnn()
-    layer, statistics = network[3], network[1].running_mean.clone()
+    layer, preprocessing = network[3], network[1].running_mean.clone()
     trainer(epochs=2, validation=20)(network, "a", loss=look, mode=nn.Module.eval)
     assert modes == [False] * 6
-    assert torch.equal(network[1].running_mean, statistics)
+    assert torch.equal(network[1].running_mean, preprocessing)
     modes.clear()
     trainer(epochs=2, validation=20)(network, "a", loss=look)
     # Validation between the epochs must not leave the network in evaluation mode.
     assert modes == [True] * 6
-    assert not torch.equal(network[1].running_mean, statistics)
+    assert not torch.equal(network[1].running_mean, preprocessing)
     assert not any(module.training for module in network.modules())
 
 
@@ -433,7 +434,7 @@ def test_the_moving_average_is_the_one_computed_by_hand(trainer: Callable[..., T
     expected = path[0]
     # The first two are shorter than asked for.
     for decay, weights in zip((2 / 11, 3 / 12, 0.3, 0.3, 0.3), path[1:], strict=True):
-        # Running statistics of the batch norm belong to the weights.
+        # Running preprocessing of the batch norm belong to the weights.
         expected = {name: decay * expected[name] + (1 - decay) * tensor for name, tensor in weights.items()}
     for name, tensor in network.state_dict().items():
         if tensor.is_floating_point():
@@ -568,13 +569,13 @@ def numbered(count: int, classes: int = 3, channels: int = 1) -> Images:
     """Images of one brightness each, different for each, so that they tell which they are."""
     pixels = np.zeros((count, 8, 8, channels), np.uint8)
     pixels[:] = np.arange(count)[:, None, None, None]
-    statistics = qs.data.Statistics((0.0,), (1.0,))
-    return Images(pixels, np.arange(count) % classes, statistics, "numbered")
+    preprocessing = Preprocessing((0.0,), (1.0,))
+    return Images(pixels, np.arange(count) % classes, preprocessing, "numbered")
 
 
 def numbered_set(count: int, classes: int = 3, channels: int = 1) -> DataSet:
     images = numbered(count, classes, channels)
-    return DataSet("numbered", images, Untouchable(), qs.data.Statistics((0.0,), (1.0,)), tuple(map(str, range(classes))))
+    return DataSet("numbered", images, Untouchable(), Preprocessing((0.0,), (1.0,)), tuple(map(str, range(classes))))
 
 
 def test_validation_images_train_nothing_and_test_images_are_not_touched(trainer: Callable[..., Trainer], tmp_path: Path) -> None:

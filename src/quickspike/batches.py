@@ -67,8 +67,8 @@ class TrainingBatches:
         self.seed, self.device, self.augmentation = seed, device, augmentation
         self.classes = classes_of(data)
         self._set = data.train
-        self._mean = torch.tensor(data.statistics.mean, device=device).view(-1, 1, 1)
-        self._std = torch.tensor(data.statistics.std, device=device).view(-1, 1, 1)
+        self._mean = torch.tensor(data.preprocessing.mean, device=device).view(-1, 1, 1)
+        self._std = torch.tensor(data.preprocessing.std, device=device).view(-1, 1, 1)
         if isinstance(data.train, Images):
             self._pixels = data.train.pixels.to(device)
             self._labels = data.train.labels.to(device)

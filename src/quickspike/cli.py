@@ -170,7 +170,7 @@ def _convert(model: str, data: DataOptions, settings: ConvertOptions, choices: S
     chosen = create(settings.method, **options, sites=choices.sites(get(settings.method)))
     check_writable(settings.out)
     source = make_fabric(settings.device).to_device(load_model(model, settings.weights))
-    data_set = data.load()
+    data_set = data.load(model=model, weights=settings.weights)
     images = settings.calibration_images
     if images is None:
         images = min(1000, data_set.size("train"))
@@ -179,8 +179,8 @@ def _convert(model: str, data: DataOptions, settings: ConvertOptions, choices: S
     stream = ImageStream(Tracked(data_set.loader("train", limit=images), "calibrating"))
     ann = fit(source, stream, chosen, analog=choices.analog, pieces=choices.pieces)
     snn = finish(ann, stream, chosen)
-    statistics = dataclasses.asdict(data_set.statistics)
-    snn.provenance.update(model=Path(model).name, data=Path(data.data).name, statistics=statistics)
+    preprocessing = dataclasses.asdict(data_set.preprocessing)
+    snn.provenance.update(model=Path(model).name, data=Path(data.data).name, preprocessing=preprocessing)
     snn.save(settings.out)
     if settings.json:
         print_json({"out": str(settings.out), "coverage": ann.coverage.to_json(), "method": snn.method, "provenance": snn.provenance})
@@ -201,6 +201,9 @@ def evaluate(
     out: Annotated[Path | None, Help(metavar="FILE", help="also write the report as JSON")] = None,
     plot: Annotated[Path | None, Help(metavar="FILE", help="also draw accuracy against T, PNG")] = None,
     device: Device = "auto",
+    devices: Annotated[
+        int, Help(metavar="N", help="processes on this machine, one device each, that share the images [unit: devices; range: >= 1]")
+    ] = 1,
     precision: Annotated[str, Help(metavar="NAME", help="Lightning Fabric's name: 32-true, bf16-mixed, ...")] = "32-true",
     engine: Annotated[
         Literal["auto", "reference", "fused", "integer", "count"] | None,
@@ -264,9 +267,13 @@ def evaluate(
     if weights is not None and reference is None:
         raise OptionError("--weights are those of the source network; name it with --reference")
     source = None if reference is None else load_model(reference, weights)
-    data_set = data.load(snn.provenance.get("statistics"))
+    data_set = data.load(snn.provenance.get("preprocessing", snn.provenance.get("statistics")))
+    fabric = make_fabric(device, precision, devices)
+    fabric.launch()
     loader = Tracked(data_set.loader("test", limit=images), "evaluating")
-    report = measure(snn, loader, source, steps, device=device, precision=precision, engine=engine, bits=bits)
+    report = measure(snn, loader, source, steps, precision=precision, fabric=fabric, engine=engine, bits=bits)
+    if not fabric.is_global_zero:
+        return
     saved: tuple[Saving, ...] = ()
     longest = snn.with_steps(report.steps[-1])
     make_fabric(device).to_device(longest)

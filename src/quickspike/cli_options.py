@@ -19,7 +19,14 @@ ModelName = Annotated[
     tyro.conf.Positional,
     Help(metavar="MODEL", help="a registered name (fast_cnn or fast_cnn,classes=100), torchvision:NAME, timm:NAME, or FILE.py:FACTORY"),
 ]
-Weights = Annotated[Path | None, Help(metavar="FILE", help="weights: safetensors, or .pt/.pth/.th read without running code")]
+Weights = Annotated[
+    Path | None,
+    Help(
+        metavar="FILE",
+        help="weights: safetensors, or .pt/.pth/.th read without running code; or the word pretrained: those of torchvision or timm, "
+        "with the preprocessing that goes with them",
+    ),
+]
 Json = Annotated[bool, Help(help="print JSON instead of tables")]
 Device = Annotated[str, Help(metavar="NAME", help="auto, cpu, cuda, mps, ...")]
 
@@ -28,9 +35,14 @@ Device = Annotated[str, Help(metavar="NAME", help="auto, cpu, cuda, mps, ...")]
 class DataOptions:
     """Which images, and how pixels become the network's input."""
 
-    data: Annotated[str, Help(metavar="NAME", help="digits, mnist, fashion-mnist, cifar10, cifar100, imagefolder:PATH, or npz:PATH")]
+    data: Annotated[
+        str, Help(metavar="NAME", help="digits, mnist, fashion-mnist, cifar10, cifar100, imagenet, imagefolder:PATH, or npz:PATH")
+    ]
     data_dir: Annotated[
-        Path | None, Help(metavar="DIR", help="folder of torchvision's files (mnist, fashion-mnist, cifar10, cifar100)")
+        Path | None,
+        Help(
+            metavar="DIR", help="folder of torchvision's files (mnist, fashion-mnist, cifar10, cifar100), or of the folders train and val"
+        ),
     ] = None
     mean: Annotated[
         tuple[float, ...] | None,
@@ -39,33 +51,50 @@ class DataOptions:
         ),
     ] = None
     std: Annotated[tuple[float, ...] | None, Help(metavar="S", help="likewise, standard deviation")] = None
+    resize: Annotated[
+        int | None,
+        Help(metavar="N", help="shorter side of the pictures [unit: pixels; default: 256 for pictures in files, else as they are]"),
+    ] = None
+    center_crop: Annotated[
+        int | None, Help(metavar="N", help="side of the square cut out of the middle [unit: pixels; default: 224 for files, else all]")
+    ] = None
+    bgr: Annotated[bool, Help(help="blue first, in --mean and --std too")] = False
     download: Annotated[bool, Help(help="let torchvision fetch missing files")] = False
+    workers: Annotated[int, Help(metavar="N", help="processes that read pictures from files [range: >= 0]")] = 0
 
-    def load(self, saved: Any = None) -> DataSet:
-        """The data set, normalised as asked, else as `saved` with a network, else by its own statistics."""
-        from quickspike.data import Statistics, load_data
+    def load(self, saved: Any = None, model: str | None = None, weights: Path | None = None) -> DataSet:
+        """The data set, prepared as asked, else as `saved` with a network or as its pretrained weights ask, else as usual for it."""
+        from quickspike.data import load_data
         from quickspike.errors import DataError
+        from quickspike.models import is_pretrained, preprocessing_of
+        from quickspike.preprocessing import PREPROCESSING
 
         if (self.mean is None) != (self.std is None):
             raise DataError("give both --mean and --std, or neither")
-        if self.mean is not None and self.std is not None:
-            if min(self.std, default=0) <= 0:
-                raise DataError(f"--std must be > 0, got {self.std}")
-            return load_data(self.data, self.data_dir, Statistics(self.mean, self.std), self.download)
-        return load_data(self.data, self.data_dir, _saved_statistics(saved), self.download)
+        if self.std is not None and min(self.std, default=0) <= 0:
+            raise DataError(f"--std must be > 0, got {self.std}")
+        if self.workers < 0:
+            raise DataError(f"--workers must be >= 0, got {self.workers}")
+        base = _saved_preprocessing(saved)
+        if base is None and model is not None and is_pretrained(weights):
+            base = preprocessing_of(model)
+        base = base or PREPROCESSING.get(self.data.partition(":")[0])
+        asked = {"mean": self.mean, "std": self.std, "resize": self.resize, "crop": self.center_crop, "bgr": self.bgr or None}
+        given = {name: value for name, value in asked.items() if value is not None}
+        return load_data(self.data, self.data_dir, base and dataclasses.replace(base, **given), self.download, self.workers)
 
 
-def _saved_statistics(saved: Any) -> Any:
+def _saved_preprocessing(saved: Any) -> Any:
     """What a network was saved with; provenance is free-form, so it may also be something else."""
-    from quickspike.data import Statistics
-    from quickspike.errors import CheckpointError
+    from quickspike.errors import CheckpointError, DataError
+    from quickspike.preprocessing import Preprocessing
 
     if saved is None:
         return None
     try:
-        return Statistics(tuple(map(float, saved["mean"])), tuple(map(float, saved["std"])))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the network's own statistics are unusable ({saved!r}); give --mean and --std") from error
+        return Preprocessing.from_json(saved)
+    except (DataError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the network's own preprocessing is unusable ({saved!r}); give --mean and --std") from error
 
 
 DataArguments = Annotated[DataOptions, tyro.conf.OmitArgPrefixes]

@@ -184,7 +184,7 @@ def _train(
         raise OptionError("--distill needs a trained network to learn from: with --method the --weights of MODEL, or else --teacher")
     out = files.out / ("weights.safetensors" if chosen is None else "network.safetensors")
     check_writable(out)
-    data_set = data.load()
+    data_set = data.load(model=model, weights=source.weights)
     network = load_model(model, source.weights, settings.seed)
     trainer = _trainer(data_set, settings, augmentation, hardware, files, teacher)
     if chosen is None:
@@ -195,7 +195,7 @@ def _train(
         return
     images = ImageStream(data_set.loader("train", limit=min(source.calibration_images, data_set.size("train"))))
     snn = finish(fit(network, images, chosen, trainer), images, chosen)
-    snn.provenance.update(model=Path(model).name, data=Path(data.data).name, statistics=dataclasses.asdict(data_set.statistics))
+    snn.provenance.update(model=Path(model).name, data=Path(data.data).name, preprocessing=dataclasses.asdict(data_set.preprocessing))
     if trainer.fabric.is_global_zero:
         snn.save(out)
         _tell(files, out, method=snn.method)
@@ -249,7 +249,7 @@ def _tune(
     out = files.out / "network.safetensors"
     check_writable(out)
     snn = load(network)
-    data_set = data.load(snn.provenance.get("statistics"))
+    data_set = data.load(snn.provenance.get("preprocessing", snn.provenance.get("statistics")))
     trainer = _trainer(data_set, settings, augmentation, hardware, files, teacher)
     tuned = tune(snn, trainer, tuning)
     if trainer.fabric.is_global_zero:
@@ -348,7 +348,7 @@ def compare(
     for path in filter(None, (out, page)):
         check_writable(path)
     source = make_fabric(device).to_device(load_model(model, weights))
-    data_set = data.load()
+    data_set = data.load(model=model, weights=weights)
     reports, entries = {}, []
     for name in Tracked(names, "comparing methods"):
         found = {}
@@ -424,7 +424,7 @@ def search(
     for path in filter(None, (out, network)):
         check_writable(path)
     source = make_fabric(device).to_device(load_model(model, weights))
-    data_set = data.load()
+    data_set = data.load(model=model, weights=weights)
     size = data_set.size("train")
     trainer = Trainer(
         fabric=make_fabric(device, precision),
@@ -457,7 +457,7 @@ def search(
     )
     report = None
     if found.best is not None and (best := found.network) is not None:
-        best.provenance.update(model=Path(model).name, data=Path(data.data).name, statistics=dataclasses.asdict(data_set.statistics))
+        best.provenance.update(model=Path(model).name, data=Path(data.data).name, preprocessing=dataclasses.asdict(data_set.preprocessing))
         report = evaluate(best, data_set.loader("test"), source, (found.best.steps,), device=device)
         if network is not None:
             best.save(network)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from quickspike.capture import check_batch
 from quickspike.errors import DataError, UnknownNameError
+from quickspike.preprocessing import PREPROCESSING, Preprocessing
 
 IMAGE_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x", "data")
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
@@ -168,28 +168,9 @@ class ImageStream:
 # Data sets by name
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Mean and standard deviation per channel of pixel/255 over the training images."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not all(map(math.isfinite, (*self.mean, *self.std))) or not all(value > 0 for value in self.std):
-            raise DataError(f"mean and std must be finite and std > 0, got mean={self.mean}, std={self.std}")
-
-
-IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-STATISTICS = {
-    "mnist": Statistics((0.1307,), (0.3081,)),
-    "fashion-mnist": Statistics((0.2860,), (0.3530,)),
-    "cifar10": Statistics((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": Statistics((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "digits": Statistics((0.3053,), (0.3758,)),
-    "imagefolder": IMAGENET,
-}
-NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imagefolder:PATH", "npz:PATH")
+NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imagenet", "imagefolder:PATH", "npz:PATH")
+CLASSES = 1000
+"""Of ImageNet."""
 NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
@@ -199,13 +180,13 @@ class Images(Dataset[tuple[Tensor, int]]):
     Args:
         pixels: `[N, H, W]` or `[N, H, W, C]`, uint8.
         labels: `[N]`, whole numbers.
-        statistics: see `Statistics`.
+        preprocessing: see `Preprocessing`.
 
     Raises:
         DataError: shapes, dtypes or label values do not fit.
     """
 
-    def __init__(self, pixels: np.ndarray, labels: np.ndarray, statistics: Statistics, where: str) -> None:
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray, preprocessing: Preprocessing, where: str) -> None:
         if pixels.ndim == 3:
             pixels = pixels[..., None]
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3):
@@ -218,12 +199,12 @@ class Images(Dataset[tuple[Tensor, int]]):
         if labels.min() < 0 or labels.max() >= 2**31:
             raise DataError(f"{where}: labels must be >= 0 and below 2^31, found {labels.min()}..{labels.max()}")
         channels = pixels.shape[3]
-        if len(statistics.mean) not in (1, channels) or len(statistics.std) not in (1, channels):
-            raise DataError(f"{where}: images have {channels} channel(s), but {len(statistics.mean)} mean(s) were given")
-        self.pixels = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+        if len(preprocessing.mean) not in (1, channels) or len(preprocessing.std) not in (1, channels):
+            raise DataError(f"{where}: images have {channels} channel(s), but {len(preprocessing.mean)} mean(s) were given")
+        self.pixels = preprocessing.pixels(torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))))
         self.labels = torch.from_numpy(labels.astype(np.int64))
-        self.mean = torch.tensor(statistics.mean).view(-1, 1, 1)
-        self.std = torch.tensor(statistics.std).view(-1, 1, 1)
+        self.mean = torch.tensor(preprocessing.mean).view(-1, 1, 1)
+        self.std = torch.tensor(preprocessing.std).view(-1, 1, 1)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -250,8 +231,10 @@ class DataSet:
     name: str
     train: Dataset[tuple[Tensor, int]]
     test: Dataset[tuple[Tensor, int]]
-    statistics: Statistics
+    preprocessing: Preprocessing
     class_names: tuple[str, ...] = ()
+    workers: int = 0
+    """Processes that read pictures from files; 0 for none but this one."""
 
     def size(self, split: str) -> int:
         """Number of images in a split ("train" or "test")."""
@@ -267,7 +250,7 @@ class DataSet:
             if not 1 <= limit <= size:
                 raise DataError(f"{self.name}: asked for {limit} {split} images, it holds {size}")
             images = torch.utils.data.Subset(images, range(size - limit, size) if last else range(limit))
-        return DataLoader(images, batch_size=batch_size)
+        return DataLoader(images, batch_size=batch_size, num_workers=self.workers)
 
     def without_last(self, images: int) -> DataSet:
         """The same set whose training split lacks its last `images` images, so that these can be measured on.
@@ -282,14 +265,18 @@ class DataSet:
         return replace(self, train=train)
 
 
-def load_data(name: str, data_dir: str | Path | None = None, statistics: Statistics | None = None, download: bool = False) -> DataSet:
+def load_data(
+    name: str, data_dir: str | Path | None = None, preprocessing: Preprocessing | None = None, download: bool = False, workers: int = 0
+) -> DataSet:
     """A data set by its name on the command line.
 
     Args:
         name: one of `NAMES`.
-        data_dir: where torchvision keeps its files (mnist, fashion-mnist, cifar10, cifar100).
-        statistics: mean and deviation that the network was trained with; by default the set's own, for `npz` 0.5.
+        data_dir: where torchvision keeps its files (mnist, fashion-mnist, cifar10, cifar100), or the folder with the folders
+            train and val of ImageNet, each with one folder per class.
+        preprocessing: what the network was trained with; by default the set's own, for `npz` 0.5 and 0.5.
         download: let torchvision fetch missing files.
+        workers: processes that read pictures (imagenet, imagefolder).
 
     Raises:
         UnknownNameError: no such data set.
@@ -299,17 +286,19 @@ def load_data(name: str, data_dir: str | Path | None = None, statistics: Statist
     if bool(colon) != (kind in ("npz", "imagefolder")):
         raise UnknownNameError("data set", name, NAMES)
     if kind == "digits":
-        return _digits(statistics or STATISTICS[kind])
+        return _digits(preprocessing or PREPROCESSING[kind])
     if kind == "npz":
-        return _npz(Path(path), statistics)
+        return _npz(Path(path), preprocessing or PREPROCESSING[kind])
     if kind == "imagefolder":
-        return _image_folder(Path(path), statistics or STATISTICS[kind])
-    if kind in STATISTICS:
-        return _torchvision(kind, data_dir, statistics or STATISTICS[kind], download)
+        return replace(_image_folder(Path(path), preprocessing or PREPROCESSING[kind]), workers=workers)
+    if kind == "imagenet":
+        return replace(_imagenet(data_dir, preprocessing or PREPROCESSING[kind]), workers=workers)
+    if kind in PREPROCESSING:
+        return _torchvision(kind, data_dir, preprocessing or PREPROCESSING[kind], download)
     raise UnknownNameError("data set", name, NAMES)
 
 
-def _digits(statistics: Statistics) -> DataSet:
+def _digits(preprocessing: Preprocessing) -> DataSet:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -317,11 +306,11 @@ def _digits(statistics: Statistics) -> DataSet:
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
     split = train_test_split(pixels, digits.target, test_size=0.25, random_state=0, stratify=digits.target)
     train_pixels, test_pixels, train_labels, test_labels = split
-    train = Images(train_pixels, train_labels, statistics, "digits")
-    return DataSet("digits", train, Images(test_pixels, test_labels, statistics, "digits"), statistics, tuple("0123456789"))
+    train = Images(train_pixels, train_labels, preprocessing, "digits")
+    return DataSet("digits", train, Images(test_pixels, test_labels, preprocessing, "digits"), preprocessing, tuple("0123456789"))
 
 
-def _npz(path: Path, statistics: Statistics | None) -> DataSet:
+def _npz(path: Path, preprocessing: Preprocessing) -> DataSet:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
@@ -332,18 +321,17 @@ def _npz(path: Path, statistics: Statistics | None) -> DataSet:
     missing = [key for key in NPZ_KEYS if key not in arrays]
     if missing:
         raise DataError(f"{path}: lacks {', '.join(missing)}; needs {', '.join(NPZ_KEYS)} and, if wanted, class_names")
-    statistics = statistics or Statistics((0.5,), (0.5,))
-    train = Images(arrays["train_images"], arrays["train_labels"], statistics, f"{path}: train")
-    test = Images(arrays["test_images"], arrays["test_labels"], statistics, f"{path}: test")
+    train = Images(arrays["train_images"], arrays["train_labels"], preprocessing, f"{path}: train")
+    test = Images(arrays["test_images"], arrays["test_labels"], preprocessing, f"{path}: test")
     names = tuple(map(str, arrays["class_names"])) if "class_names" in arrays else ()
     if train.pixels.shape[1:] != test.pixels.shape[1:]:
         raise DataError(f"{path}: train images are {list(train.pixels.shape[1:])}, test images {list(test.pixels.shape[1:])}")
     if names and int(max(train.labels.max(), test.labels.max())) >= len(names):
         raise DataError(f"{path}: {len(names)} class_names, but a label of {int(max(train.labels.max(), test.labels.max()))}")
-    return DataSet(f"npz:{path}", train, test, statistics, names)
+    return DataSet(f"npz:{path}", train, test, preprocessing, names)
 
 
-def _torchvision(kind: str, data_dir: str | Path | None, statistics: Statistics, download: bool) -> DataSet:
+def _torchvision(kind: str, data_dir: str | Path | None, preprocessing: Preprocessing, download: bool) -> DataSet:
     from torchvision import datasets
 
     if data_dir is None:
@@ -356,18 +344,27 @@ def _torchvision(kind: str, data_dir: str | Path | None, statistics: Statistics,
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(f"{kind} is not in {data_dir} ({reason}); add --download, or give npz:PATH") from error
-        parts.append(Images(np.asarray(source.data), np.asarray(source.targets), statistics, f"{kind} in {data_dir}"))
-    return DataSet(kind, parts[0], parts[1], statistics, tuple(source.classes))
+        parts.append(Images(np.asarray(source.data), np.asarray(source.targets), preprocessing, f"{kind} in {data_dir}"))
+    return DataSet(kind, parts[0], parts[1], preprocessing, tuple(source.classes))
 
 
-def _image_folder(path: Path, statistics: Statistics) -> DataSet:
+def _imagenet(data_dir: str | Path | None, preprocessing: Preprocessing) -> DataSet:
+    if data_dir is None:
+        raise DataError("imagenet needs --data-dir, the folder that holds the folders train and val, each with one folder per class")
+    found = _image_folder(Path(data_dir), preprocessing)
+    if len(found.class_names) != CLASSES:
+        raise DataError(
+            f"{data_dir} holds {len(found.class_names)} classes, ImageNet has {CLASSES}; for others take imagefolder:{data_dir}"
+        )
+    return replace(found, name="imagenet")
+
+
+def _image_folder(path: Path, preprocessing: Preprocessing) -> DataSet:
     from torchvision import datasets
-    from torchvision.transforms import v2
 
-    if len(statistics.mean) not in (1, 3) or len(statistics.std) not in (1, 3):
-        raise DataError(f"{path}: images have 3 channels, but {len(statistics.mean)} mean(s) were given")
-    pixels = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
-    transform = v2.Compose([v2.Resize(256), v2.CenterCrop(224), pixels, v2.Normalize(statistics.mean, statistics.std)])
+    if len(preprocessing.mean) not in (1, 3) or len(preprocessing.std) not in (1, 3):
+        raise DataError(f"{path}: images have 3 channels, but {len(preprocessing.mean)} mean(s) were given")
+    transform = preprocessing.transform()
     parts = []
     for split, other in (("train", "train"), ("test", "val")):
         folder = next((path / name for name in (split, other) if (path / name).is_dir()), None)
@@ -380,7 +377,7 @@ def _image_folder(path: Path, statistics: Statistics) -> DataSet:
     if parts[0].classes != parts[1].classes:
         strange = sorted(set(parts[0].classes) ^ set(parts[1].classes))
         raise DataError(f"{path}: the splits hold different classes: {', '.join(strange)} in one only")
-    return DataSet(f"imagefolder:{path}", parts[0], parts[1], statistics, tuple(parts[0].classes))
+    return DataSet(f"imagefolder:{path}", parts[0], parts[1], preprocessing, tuple(parts[0].classes))
 
 
 def _picture(path: str) -> Any:

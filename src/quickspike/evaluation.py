@@ -116,8 +116,8 @@ def evaluate(
             the network then runs longer than its thresholds were fitted for.
         device: see `make_fabric`.
         precision: see `make_fabric`.
-        fabric: launched processes that share the batches between them, each sample in exactly one; instead of `device`
-            and `precision`, in single precision. Every process gets the report of all.
+        fabric: launched processes that share the batches between them, each sample in exactly one; instead of `device`.
+            With another precision than 32-true it has to be made for that. Every process gets the report of all.
         engine: measure a copy made for this engine, see `quickspike.engines.accelerate`; None runs `snn` as it is.
         bits: of a weight (engine=integer, count).
 
@@ -127,7 +127,7 @@ def evaluate(
     """
     chosen = _steps(steps, snn.steps)
     # Processes that are given may train in mixed precision; figures are those of the weights as they are.
-    lower = contextlib.nullcontext() if fabric is not None else None
+    single = fabric is not None and precision == "32-true"
     fabric = fabric or make_fabric(device, precision)
     if fabric.device.type == "cpu":
         keep_freed_memory()
@@ -142,7 +142,7 @@ def evaluate(
     source = None if reference is None else fabric.to_device(copy_of(reference))
     tally = _Tally(networks, source)
     started = time.perf_counter()
-    with torch.inference_mode(), lower or fabric.autocast():
+    with torch.inference_mode(), contextlib.nullcontext() if single else fabric.autocast():
         for number, (images, labels) in enumerate(labelled_batches(data), 1):
             check_labels(images, labels, number, needed=source is None)
             if number % fabric.world_size != fabric.global_rank:
@@ -154,7 +154,7 @@ def evaluate(
     settings = {
         "device": str(fabric.device),
         "processes": fabric.world_size,
-        "precision": "32-true" if lower else precision,
+        "precision": precision,
         "engine": networks[-1][0].provenance.get("engine"),
         "versions": versions(),
         "machine": machine(),
@@ -275,7 +275,7 @@ class _Tally:
         if len(tensors(readouts)) != len(tensors(wanted)) or any(own.shape[1:] != one.shape for own, one in pairs):
             shapes = ", ".join(str(list(one.shape)) for one in tensors(wanted))
             own_shapes = ", ".join(str(list(own.shape[1:])) for own, _ in pairs)
-            raise DataError(f"the reference gives {shapes}, the spiking network {own_shapes}; they must give the same")
+            raise DataError(f"the reference gives {shapes}, the spiking network {own_shapes}; they must have the same outputs and classes")
         columns = [torch.cat([(own - one).square().flatten(1).sum(1), one.square().sum()[None]]) for own, one in pairs]
         self.away = self.away + torch.stack(columns, 1).cpu()
         if chosen is not None and labels is not None:

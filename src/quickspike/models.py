@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib.util
 import inspect
+import math
 import pickle
 import sys
 import typing
@@ -23,6 +24,10 @@ from quickspike.files import whole_file
 from quickspike.networks import BUILDERS, Options
 from quickspike.networks import digits_cnn as digits_cnn
 from quickspike.options import options_of
+from quickspike.preprocessing import Preprocessing
+
+PRETRAINED = "pretrained"
+"""In the place of a file of weights: the library's own."""
 
 
 class ModelError(QuickspikeError):
@@ -39,8 +44,9 @@ def load_model(name: str, weights: str | Path | None = None, seed: int = 0) -> n
     Args:
         name: a registered name, with options if wanted (`vgg16,pool=max,classes=100`), `torchvision:NAME`, `timm:NAME`,
             or `FILE.py:FACTORY` (a function without arguments).
-        weights: safetensors, or a .pt/.pth/.th file that `torch.load` reads with weights_only. Without it the
-            weights are what the factory gives (random ones are drawn from `seed`).
+        weights: safetensors, or a .pt/.pth/.th file that `torch.load` reads with weights_only; "pretrained" takes those that
+            torchvision or timm have, which they fetch once. Without it the weights are what the factory gives (random
+            ones are drawn from `seed`).
         seed: of random weights.
 
     Raises:
@@ -49,10 +55,65 @@ def load_model(name: str, weights: str | Path | None = None, seed: int = 0) -> n
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = _build(name)
-    if weights is not None:
+        model = _pretrained(name) if is_pretrained(weights) else _build(name)
+    if weights is not None and not is_pretrained(weights):
         load_weights(model, weights)
     return model.eval()
+
+
+def is_pretrained(weights: str | Path | None) -> bool:
+    """Whether the library's own weights are asked for."""
+    return str(weights) == PRETRAINED
+
+
+def _pretrained(name: str) -> nn.Module:
+    kind, _, rest = name.partition(":")
+    preprocessing_of(name)
+    try:
+        if kind == "torchvision":
+            from torchvision import models
+
+            found: nn.Module = models.get_model(rest, weights="DEFAULT")
+        else:
+            import timm
+
+            found = timm.create_model(rest, pretrained=True)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ModelError(f"the pretrained weights of {name} cannot be had: {reason}") from error
+    return found
+
+
+def preprocessing_of(name: str) -> Preprocessing:
+    """What the pretrained weights of a torchvision or timm model were trained with.
+
+    Raises:
+        UnknownNameError: no such model.
+        ModelError: there are no pretrained weights.
+    """
+    kind, colon, rest = name.partition(":")
+    none = ModelError(f"{name} has no pretrained weights; those of torchvision:NAME and timm:NAME do, for others name a file")
+    if kind == "torchvision" and colon:
+        from torchvision import models
+
+        if rest not in models.list_models():
+            raise UnknownNameError("torchvision model", rest, models.list_models())
+        choices = list(models.get_model_weights(rest))
+        if not choices:
+            raise none
+        preset = models.get_weight(f"{type(choices[0]).__name__}.DEFAULT").transforms()
+        resize, crop = (getattr(preset, side, None) or [0] for side in ("resize_size", "crop_size"))
+        return Preprocessing(tuple(preset.mean), tuple(preset.std), resize[0], crop[0], preset.interpolation.value)
+    if kind == "timm" and colon:
+        timm = _timm_library()
+        if not timm.is_model(rest):
+            raise UnknownNameError("timm model", rest, timm.list_models())
+        found = timm.get_pretrained_cfg(rest)
+        if not timm.is_model_pretrained(rest) or found is None:
+            raise none
+        size = found.input_size[-1]
+        return Preprocessing(tuple(found.mean), tuple(found.std), math.floor(size / found.crop_pct), size, found.interpolation)
+    raise none
 
 
 def _build(name: str) -> nn.Module:
@@ -116,11 +177,16 @@ def _torchvision(name: str) -> nn.Module:
     return model
 
 
-def _timm(name: str) -> nn.Module:
+def _timm_library() -> Any:
     try:
         import timm
     except ImportError:
         raise ModelError("timm is not installed; install it with: pip install 'quickspike[timm]'") from None
+    return timm
+
+
+def _timm(name: str) -> nn.Module:
+    timm = _timm_library()
     if not timm.is_model(name):
         raise UnknownNameError("timm model", name, timm.list_models())
     model: nn.Module = timm.create_model(name, pretrained=False)

@@ -96,7 +96,7 @@ def sample_of(snn: SpikingNetwork, image: Tensor, pixels: Tensor, label: int, cl
 def first_sample(snn: SpikingNetwork, data: DataSet) -> Sample:
     """`sample_of` the first test image."""
     images, labels = next(iter(data.loader("test", batch_size=1)))
-    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (data.statistics.mean, data.statistics.std))
+    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (data.preprocessing.mean, data.preprocessing.std))
     return sample_of(snn, images[0], images[0] * std + mean, int(labels[0]), data.class_names)
 
 

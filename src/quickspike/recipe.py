@@ -20,7 +20,7 @@ from quickspike.api import finish, fit, train, tune
 from quickspike.augmentation import Augmentation
 from quickspike.batches import TrainingBatches
 from quickspike.conversion import SpikingNetwork
-from quickspike.data import DataSet, ImageStream, Statistics, load_data
+from quickspike.data import DataSet, ImageStream, load_data
 from quickspike.errors import OptionError, QuickspikeError, UnknownNameError
 from quickspike.evaluation import accuracy_of, evaluate
 from quickspike.files import check_writable, write_text
@@ -28,6 +28,7 @@ from quickspike.graph import Traced, trace
 from quickspike.method import Method, create
 from quickspike.models import load_model, save_weights
 from quickspike.options import options_of
+from quickspike.preprocessing import PREPROCESSING, Preprocessing
 from quickspike.provenance import commit, machine, versions
 from quickspike.training import Silent, Trainer, Training, Watcher, start_anew
 from quickspike.tuning import Tuning
@@ -68,7 +69,7 @@ class Recipe:
     data: str
     model: str
     method: Method
-    statistics: Statistics | None = None
+    preprocessing: Preprocessing | None = None
     seeds: tuple[int, ...] = (0,)
     calibration: int = 1000
     """Training images without labels that the method is calibrated on."""
@@ -129,22 +130,28 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 CPU = torch.device("cpu")
+PREPARED = tuple(field.name for field in dataclasses.fields(Preprocessing))
+"""Keys of [data] that say how a picture becomes an input."""
 TABLES = ("title", "seeds", "data", "model", "method", "source", "train", "tune", "augmentation", "evaluate", "precision", "published")
 
 
 def _recipe(tables: Mapping[str, Any], text: str) -> Recipe:
     _only(tables, TABLES, "table")
     data, method, measure = dict(tables["data"]), dict(tables["method"]), dict(tables.get("evaluate", {}))
-    _only(data, ("name", "mean", "std", "calibration"), "key of [data]")
+    _only(data, ("name", "calibration", *PREPARED), "key of [data]")
     _only(measure, ("steps", "synchronous"), "key of [evaluate]")
     tuning = dict(tables["tune"]) if "tune" in tables else None
     learned = {name: tuning.pop(name) for name in options_of(Tuning) if tuning and name in tuning}
-    statistics = Statistics(tuple(data["mean"]), tuple(data["std"])) if "mean" in data else None
+    given = {name: data[name] for name in PREPARED if name in data}
+    if "mean" in given or "std" in given:
+        given |= {"mean": tuple(data["mean"]), "std": tuple(data["std"])}
+    usual = PREPROCESSING.get(data["name"].partition(":")[0], PREPROCESSING["npz"])
+    preprocessing = dataclasses.replace(usual, **given) if given else None
     return Recipe(
         title=tables["title"],
         seeds=tuple(tables.get("seeds", (0,))),
         data=data["name"],
-        statistics=statistics,
+        preprocessing=preprocessing,
         calibration=data.get("calibration", 1000),
         model=tables["model"],
         method=create(method.pop("name"), **method),
@@ -218,10 +225,8 @@ def plan(recipe: Recipe, data: DataSet) -> list[str]:
 
 def load_recipe_data(recipe: Recipe, data: str | None = None, data_dir: Path | None = None, download: bool = False) -> DataSet:
     """The recipe's data set, or the one at `data`, normalised as the recipe says."""
-    from quickspike.data import STATISTICS
-
-    statistics = recipe.statistics or STATISTICS.get(recipe.data.partition(":")[0])
-    return load_data(data or recipe.data, data_dir, statistics, download)
+    preprocessing = recipe.preprocessing or PREPROCESSING.get(recipe.data.partition(":")[0])
+    return load_data(data or recipe.data, data_dir, preprocessing, download)
 
 
 def run_recipe(recipe: Recipe, place: Place) -> dict[str, Any]:
@@ -349,7 +354,7 @@ class _Seed:
         digest = _digest_of(
             [
                 self._images(),
-                str(self.recipe.statistics),
+                str(self.recipe.preprocessing),
                 self.recipe.model,
                 self.recipe.precision,
                 dataclasses.asdict(settings),
@@ -375,8 +380,8 @@ class _Seed:
         trainer = None if self.recipe.train is None else self._trainer(self.recipe.train, self.folder)
         ann = fit(source, images, self.recipe.method, trainer)
         snn = finish(ann, images, self.recipe.method)
-        statistics = dataclasses.asdict(self.data.statistics)
-        snn.provenance.update(model=self.recipe.model, data=self.recipe.data, statistics=statistics, seed=self.seed)
+        preprocessing = dataclasses.asdict(self.data.preprocessing)
+        snn.provenance.update(model=self.recipe.model, data=self.recipe.data, preprocessing=preprocessing, seed=self.seed)
         self.seconds["train and convert"] = time.perf_counter() - started
         return ann, snn
 
