@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import quickspike as qs
 from quickspike.early_exit import Exit, margins
-from quickspike.errors import DataError, TraceError
+from quickspike.errors import DataError, OptionError, TraceError
 from quickspike.simulation import simulate
 from quickspike.structure import first, places, tensors
 
@@ -108,6 +108,11 @@ def test_an_early_exit_asks_the_first_and_stops_all() -> None:
     for whole, cut in zip(tensors(full.readouts), tensors(early.readouts), strict=True):
         for sample, stopped in enumerate(early.stopped.tolist()):
             assert torch.allclose(cut[-1, sample], whole[stopped - 1, sample], atol=1e-6)
+
+
+def test_an_early_exit_needs_classes() -> None:
+    with pytest.raises(OptionError, match=r"an early exit needs logits \[B, K\], got \[12, 4, 8, 8\]"):
+        converted(Several(GIVES["one map"]).eval()).run(IMAGES, exit=Exit(0.1, 2.0, 0.0))
 
 
 @pytest.mark.parametrize(("engine", "synchronous"), [("fused", False), ("integer", False), ("count", True)])

@@ -30,7 +30,13 @@ class Exit:
     """Accuracy that it cost there, in percentage points."""
 
     def decided(self, logits: Tensor) -> Tensor:
-        """Which samples may stop, `[B]`, by their readout `[B, K]`."""
+        """Which samples may stop, `[B]`, by their readout `[B, K]`.
+
+        Raises:
+            OptionError: the readout is something else.
+        """
+        if logits.ndim != 2:
+            raise OptionError(f"an early exit needs logits [B, K], got {list(logits.shape)}")
         return margins(logits) >= self.margin
 
 
