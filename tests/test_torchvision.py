@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import quickspike as qs
-from quickspike.errors import UnsupportedOperatorError
+from quickspike.errors import TraceError, UnsupportedOperatorError
 
 
 def models():
@@ -99,3 +99,31 @@ def test_a_timm_resnet_converts(name):
     torch.manual_seed(0)
     snn = converted(timm.create_model(name, pretrained=False, num_classes=10))
     assert len(snn.sites) >= 9
+
+
+def segmentation():
+    return models().segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=5)
+
+
+def pyramid():
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+    return resnet_fpn_backbone(backbone_name="resnet18", weights=None)
+
+
+@pytest.mark.parametrize(("make", "bound"), [(segmentation, 0.02), (pyramid, 0.12)], ids=["segmentation", "detection backbone"])
+def test_what_gives_maps_converts_too(make, bound):
+    torch.manual_seed(0)
+    net = make().eval()
+    with torch.no_grad():
+        wanted = net(images())
+        found = qs.convert(net, images(), steps=32, ceiling="percentile", percentile=100.0)(images())
+    assert list(found) == list(wanted)
+    for name, one in wanted.items():
+        assert float((found[name] - one).norm() / one.norm()) < bound, name
+
+
+def test_a_whole_detector_is_refused_by_what_it_returns():
+    net = models().detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
+    with pytest.raises(TraceError, match=r"SSD returns a tensor of torch.int64 at \[0\]\['labels'\]"):
+        qs.trace(net.eval(), images())
