@@ -43,7 +43,7 @@ def test_only_the_sites_that_fit_differ() -> None:
 
 def test_every_declared_option_takes_effect_where_it_is_asked_for_and_nowhere_else() -> None:
     others: dict[str, Any] = {
-        **{"ceiling": "percentile", "granularity": "layer", "scale": 0.7, "initial": 0.1, "synchronous": True},
+        **{"ceiling": "percentile", "granularity": "layer", "scale": 0.7, "initial": 0.1, "synchronous": True, "signed": True},
         **{"percentile": 50.0, "updates": 3, "rate": 0.2},
     }
     needs = {"percentile": {"ceiling": "percentile"}, "updates": {"ceiling": "balanced"}, "rate": {"ceiling": "balanced", "updates": 20}}
@@ -51,7 +51,7 @@ def test_every_declared_option_takes_effect_where_it_is_asked_for_and_nowhere_el
 
     def neurons(**options: Any) -> dict[str, tuple[Any, ...]]:
         snn = qs.convert(network(), images(), steps=4, **options)
-        return {name: (one.threshold.tolist(), one.initial.tolist(), one.averaged) for name, one in snn.neurons().items()}
+        return {name: (one.threshold.tolist(), one.initial.tolist(), one.averaged, one.signed) for name, one in snn.neurons().items()}
 
     for name, value in others.items():
         base = needs.get(name, {})
@@ -78,7 +78,7 @@ def test_it_is_kept_with_the_network(tmp_path: Any) -> None:
     ("sites", "text"),
     [
         ({"4": {"scale": 0.5}}, "'4' fits no site; sites: 1, 3, 6"),
-        ({"3": {"steps": 2}}, "steps cannot differ from site to site.*these can: synchronous, ceiling"),
+        ({"3": {"steps": 2}}, "steps cannot differ from site to site.*these can: synchronous, signed, ceiling"),
         ({"3": {"scael": 0.5}}, "scael cannot differ"),
         ({"3": {"scale": 5.0}}, "scale must be in range"),
         ({"3": 0.5}, "sites must be options by pattern"),

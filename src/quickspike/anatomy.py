@@ -241,7 +241,9 @@ def replay(neuron: Neuron, current: Tensor, steps: int) -> Tensor:
     if neuron.averaged and not neuron.constant_input:
         current = unfold(current, steps).mean(0)
     height = neuron.amplitude * theta if neuron.scaled else neuron.amplitude
-    return integrate(current, neuron.initial * theta, theta, leak, height, steps, constant=constant, strict=neuron.strict)[0]
+    return integrate(
+        current, neuron.initial * theta, theta, leak, height, steps, constant=constant, strict=neuron.strict, signed=neuron.signed
+    )[0]
 
 
 def activation(neuron: Neuron, z: Tensor, ceiling: float | None) -> Tensor:

@@ -105,6 +105,8 @@ def _layer_to_json(layer: nn.Module) -> dict[str, Any]:
     if isinstance(layer, Neuron):
         arguments: dict[str, Any] = {"constant_input": layer.constant_input, "scaled": layer.scaled, "strict": layer.strict}
         arguments["averaged"] = layer.averaged
+        if layer.signed:
+            arguments["signed"] = True
         return {"type": "Neuron", "arguments": arguments | {"surrogate": dataclasses.asdict(layer.surrogate)}}
     if type(layer).__name__ in _PLAIN_TIMED:
         return {"type": type(layer).__name__, "arguments": {}}
@@ -271,8 +273,10 @@ def _layer_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor], ste
     kind, arguments = data["type"], data["arguments"]
     if kind == "Neuron":
         surrogate = Surrogate(**arguments["surrogate"])
-        # Files of format 1 from before averaged neurons lack the flag.
-        flags = {flag: _flag({"averaged": False, **arguments}, flag) for flag in ("scaled", "strict", "averaged")}
+        # Files of format 1 from before averaged or signed neurons lack the flag.
+        flags = {
+            flag: _flag({"averaged": False, "signed": False, **arguments}, flag) for flag in ("scaled", "strict", "averaged", "signed")
+        }
         neuron = Neuron(NeuronParameters(torch.ones(()), **flags), steps, _flag(arguments, "constant_input"), surrogate)
         # Past the checks of NeuronParameters: training may have left a threshold below 0, where it acts as the smallest.
         for key, tensor in _exactly(tensors, _NEURON_TENSORS, name).items():

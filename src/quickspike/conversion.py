@@ -230,7 +230,7 @@ def to_spiking(ann: Traced, method: Method, provenance: Mapping[str, Any], surro
             continue
         constant = time.feed(node)
         here = method.at(site)
-        parameters = replace(here.neuron(site, ann.at(site)), averaged=here.waits(site))
+        parameters = replace(here.neuron(site, ann.at(site)), averaged=here.waits(site), signed=here.signed)
         module.set_submodule(site.name, Neuron(parameters, method.steps, constant, surrogate or method.surrogate()).to(like))
     output = next(node for node in module.graph.nodes if node.op == "output")
     if time.signals[output] != "timed":

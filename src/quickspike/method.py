@@ -49,7 +49,7 @@ class Method(abc.ABC):
 
     name: ClassVar[str]
     paper: ClassVar[Paper]
-    per_site: ClassVar[tuple[str, ...]] = ("synchronous",)
+    per_site: ClassVar[tuple[str, ...]] = ("synchronous", "signed")
     """Options that may differ from site to site; a method adds those that only `activation` and `neuron` look at."""
 
     steps: int = option(8, "time steps the spiking network runs for", unit="steps", low=1, high=MAX_STEPS)
@@ -58,11 +58,20 @@ class Method(abc.ABC):
         "every layer waits for the whole window of the one before and integrates its mean: no error from spike order, depth x T steps",
     )
 
+    signed: bool = option(
+        False,
+        "neurons take spikes back (as spikes of -1) when later currents show that they were too many: little error from spike order, "
+        "and no waiting; needs hardware with signed spikes",
+    )
     sites: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
     """Options at some sites only, by a pattern of their names: {"layer1.*": {"initial": 0.0}}; the last that fits wins."""
 
     def __post_init__(self) -> None:
         validate(self)
+        if self.signed and self.pools_spikes:
+            raise OptionError(
+                f"{self.name} takes the maximum of the spikes of single steps, which spikes of -1 would spoil; leave signed out"
+            )
         if not isinstance(self.sites, Mapping) or not all(isinstance(options, Mapping) for options in self.sites.values()):
             raise OptionError(
                 f"{self.name}: sites must be options by pattern, such as {{'layer1.*': {{'initial': 0.0}}}}, got {self.sites!r}"

@@ -6,6 +6,9 @@ The equations are those that the seed papers share (papers' notation):
     s(t) = 1 if m(t) >= theta else 0         (strict: m(t) > theta)
     v(t) = m(t) - theta * s(t)               reset by subtraction
     out(t) = amplitude * s(t)                amplitude in units of theta where `scaled`
+
+A signed neuron also takes spikes back, as in SpikeZIP-TF (You et al., ICML 2024), which removes most of the error that comes
+from the order of arrival: s(t) = -1 if m(t) < 0 and it has fired more often than it has taken back.
 """
 
 from __future__ import annotations
@@ -153,6 +156,41 @@ def _potentials(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, rule: _
         v = torch.addcmul(m, theta, rule.fire(m, theta).to(dtype), value=-1)
 
 
+class _Step(torch.autograd.Function):
+    """`fired` as numbers; backward, the surrogate's derivative at `u`."""
+
+    @staticmethod
+    def forward(ctx: Any, fired: Tensor, u: Tensor, surrogate: Surrogate) -> Tensor:
+        ctx.save_for_backward(u)
+        ctx.surrogate = surrogate
+        return fired.to(u.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
+        (u,) = ctx.saved_tensors
+        return None, gradients[0] * ctx.surrogate.derivative(u), None
+
+
+def _signed_scan(
+    current: Tensor, v: Tensor, left: Tensor | None, theta: Tensor, leak: Tensor, amplitude: Tensor, rule: _Rule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(outputs `[T*B, ...]`, final potential `[B, ...]`, spikes that can be taken back `[B, ...]`) of signed neurons."""
+    inputs = current.expand(rule.steps, *current.shape) if rule.constant else unfold(current, rule.steps)
+    dtype = torch.promote_types(current.dtype, theta.dtype)
+    left = torch.zeros_like(inputs[0], dtype=dtype) if left is None else left
+    outputs = []
+    for x in inputs:
+        m = x.to(dtype) + leak * v.to(dtype)
+        up = _Step.apply(rule.fire(m, theta), m / theta - 1, rule.surrogate)
+        down = _Step.apply(m < 0, -m / theta, rule.surrogate) * (left > 0)
+        spikes = up - down
+        outputs.append((spikes * amplitude).to(current.dtype))
+        # No gradient flows through the indicators of the reset.
+        v = torch.addcmul(m, theta, spikes.detach(), value=-1)
+        left = left + spikes.detach()
+    return torch.cat(outputs), v, left
+
+
 def _format(x: Tensor) -> torch.memory_format:
     """How the outputs of a current are laid out."""
     channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -208,6 +246,8 @@ class NeuronParameters:
     """Fire at m > theta instead of m >= theta."""
     averaged: bool = False
     """Wait for all T steps of the layer before and integrate their mean current (synchronous) instead of streaming."""
+    signed: bool = False
+    """Take a spike back, as a spike of height -amplitude, where the potential is negative and one is left to take."""
 
     def __post_init__(self) -> None:
         for name in ("threshold", "initial", "leak", "amplitude"):
@@ -257,6 +297,7 @@ class Neuron(Timed):
         super().__init__()
         self.steps, self.constant_input = steps, constant_input
         self.scaled, self.strict, self.averaged = parameters.scaled, parameters.strict, parameters.averaged
+        self.signed = parameters.signed
         self.surrogate = surrogate or Surrogate()
         self.dropout = 0.0
         """Share of the neurons that are silenced in training mode, the same ones at every step of a batch."""
@@ -278,6 +319,8 @@ class Neuron(Timed):
     def forward(self, x: Tensor) -> Tensor:
         if self.counts:
             return self._counted(x)
+        if self.signed:
+            return self.scan(x, None, self.steps)[0]
         # The final potential is of no use here, and the compiled loops do not give it.
         x, constant = self._currents(x, self.steps)
         theta, leak = self.bounded()
@@ -304,9 +347,13 @@ class Neuron(Timed):
     def scan(self, x: Tensor, state: Any, steps: int) -> tuple[Tensor, Any]:
         x, constant = self._currents(x, steps)
         theta, leak = self.bounded()
-        v, mask = state or (None, None)
+        v, mask, left = state or (None, None, None)
         initial, amplitude = self.initial * theta, self._height(theta)
         rule = _Rule(steps, constant, self.strict, self.surrogate)
+        if self.signed:
+            out, v, left = _signed_scan(x, initial if v is None else v, left, theta, leak, amplitude, rule)
+            out, mask = self._dropped(self._given(out), mask, steps)
+            return out, (v, mask, left)
         learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, theta, leak, amplitude))
         if self.compiled and not learning and kernels.applies(x, (initial, theta, leak, amplitude), steps, self.surrogate.shape):
             out, v = kernels.fire_on(x, v, initial, theta, leak, amplitude, rule, self.output)
@@ -314,7 +361,7 @@ class Neuron(Timed):
             out, v = _Scan.apply(x, initial if v is None else v, theta, leak, amplitude, rule)
             out = self._given(out)
         out, mask = self._dropped(out, mask, steps)
-        return out, (v, mask)
+        return out, (v, mask, None)
 
     def _given(self, out: Tensor) -> Tensor:
         """Outputs in the type that is asked for."""
@@ -361,7 +408,7 @@ class Neuron(Timed):
         count = self.threshold.numel()
         theta, initial, leak = (float(value.detach().mean()) for value in (self.threshold, self.initial, self.leak))
         several = f" (mean of {count})" if count > 1 else ""
-        kind = ", averaged" if self.averaged else ""
+        kind = (", averaged" if self.averaged else "") + (", signed" if self.signed else "")
         return f"theta={theta:.4g}{several}, v0={initial:g} theta, leak={leak:g}, steps={self.steps}{kind}"
 
 
@@ -375,6 +422,7 @@ def integrate(
     *,
     constant: bool = False,
     strict: bool = False,
+    signed: bool = False,
     surrogate: Surrogate | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Soft-reset integrate-and-fire over all steps: (outputs `[T*B, ...]`, final membrane potential `[B, ...]`).
@@ -388,9 +436,12 @@ def integrate(
         steps: T.
         constant: `current` is one step's.
         strict: fire at m > theta instead of m >= theta.
+        signed: take spikes back, see `NeuronParameters`.
         surrogate: derivative of the step function for autograd; triangular by default.
     """
     rule = _Rule(steps, constant, strict, surrogate or Surrogate())
+    if signed:
+        return _signed_scan(current, v, None, theta, leak, amplitude, rule)[:2]
     return cast(tuple[Tensor, Tensor], _Scan.apply(current, v, theta, leak, amplitude, rule))
 
 

@@ -101,12 +101,15 @@ def quantise(snn: SpikingNetwork, bits: int = 8) -> Quantised:
         bits: of a weight with its sign, 2 to 8.
 
     Raises:
-        OptionError: bits is out of range, or the network is in half precision, where sums are not exact.
+        OptionError: bits is out of range, the network is in half precision, where sums are not exact, or spikes have signs.
     """
     if next(snn.parameters()).dtype in (torch.float16, torch.bfloat16):
         raise OptionError("whole numbers need single precision to be exact; call quantise(snn.float())")
     if type(bits) is not int or not 2 <= bits <= 8:
         raise OptionError(f"bits must be a whole number in [2, 8], got {bits!r}")
+    signed = [name for name, neuron in snn.neurons().items() if neuron.signed]
+    if signed:
+        raise OptionError(f"spikes that are bytes have no sign, but {signed[0]} takes spikes back; convert with signed=False")
     network = copy.deepcopy(snn)
     kept = _Quantiser(network, 2 ** (bits - 1) - 1).run()
     network.provenance["weight_bits"] = bits
