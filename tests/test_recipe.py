@@ -27,6 +27,7 @@ from quickspike.files import OutputError
 from quickspike.models import load_model
 from quickspike.preprocessing import Preprocessing
 from quickspike.recipe import Place, Recipe, RecipeError, plan, read_recipe, run_recipe, summarise
+from quickspike.report import recipe_tables
 from quickspike.training import Interrupted, Silent, Training
 from quickspike.tuning import Tuning
 
@@ -463,6 +464,17 @@ def small(**changes: Any) -> Recipe:
         train=Training(epochs=1, batch_size=512, learning_rate=0.05),
     )
     return dataclasses.replace(recipe, **changes)
+
+
+def test_the_converted_network_is_measured_in_other_ways_too(fabric: Any, tmp_path: Path) -> None:
+    result = run_recipe(small(synchronous=True, signed=True, train=None), Place(out=tmp_path / "out", fabric=fabric))
+    [run] = result["runs"]
+    snn, data = qs.load(tmp_path / "out" / "seed0" / "converted.safetensors"), qs.data.load_data("digits")
+    ways = {"converted": snn, "synchronous": snn.as_synchronous(), "signed": snn.as_signed()}
+    for stage, network in ways.items():
+        assert run["accuracy"][stage] == {"2": pytest.approx(by_hand(network, data))}
+    assert list(result["summary"])[2:] == list(ways)
+    assert [column.header for column in recipe_tables(result).columns] == ["", "latency", *ways, "published"]
 
 
 def test_recipes_with_the_same_source_share_it(fabric: Any, tmp_path: Path) -> None:

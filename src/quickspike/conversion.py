@@ -146,6 +146,13 @@ class SpikingNetwork(nn.Module):
             other.neuron(site.name).averaged = not site.encodes_input
         return other
 
+    def as_signed(self) -> SpikingNetwork:
+        """A copy whose neurons take spikes back when later currents show that they were too many."""
+        other = copy.deepcopy(self)
+        for neuron in other.neurons().values():
+            neuron.signed = True
+        return other
+
     def set_steps(self, steps: int) -> None:
         """Let this network run for another number of steps; see `with_steps` for a copy that does.
 

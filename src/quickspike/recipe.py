@@ -78,6 +78,8 @@ class Recipe:
     """Numbers of steps that are measured."""
     synchronous: bool = False
     """Measure the converted network with layers that wait for whole windows, too."""
+    signed: bool = False
+    """Measure the converted network with neurons that take spikes back, too."""
     source: Training | None = None
     """Training of the source network with plain ReLU; None: random weights go to the method's training."""
     train: Training | None = None
@@ -130,6 +132,8 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 CPU = torch.device("cpu")
+STAGES = ("converted", "synchronous", "signed", "tuned")
+"""Spiking networks of a run, in the order in which they are measured."""
 PREPARED = tuple(field.name for field in dataclasses.fields(Preprocessing))
 """Keys of [data] that say how a picture becomes an input."""
 TABLES = ("title", "seeds", "data", "model", "method", "source", "train", "tune", "augmentation", "evaluate", "precision", "published")
@@ -139,7 +143,7 @@ def _recipe(tables: Mapping[str, Any], text: str) -> Recipe:
     _only(tables, TABLES, "table")
     data, method, measure = dict(tables["data"]), dict(tables["method"]), dict(tables.get("evaluate", {}))
     _only(data, ("name", "calibration", *PREPARED), "key of [data]")
-    _only(measure, ("steps", "synchronous"), "key of [evaluate]")
+    _only(measure, ("steps", "synchronous", "signed"), "key of [evaluate]")
     tuning = dict(tables["tune"]) if "tune" in tables else None
     learned = {name: tuning.pop(name) for name in options_of(Tuning) if tuning and name in tuning}
     given = {name: data[name] for name in PREPARED if name in data}
@@ -158,6 +162,7 @@ def _recipe(tables: Mapping[str, Any], text: str) -> Recipe:
         precision=tables.get("precision", "32-true"),
         steps=tuple(measure.get("steps", (1, 2, 4, 8))),
         synchronous=measure.get("synchronous", False),
+        signed=measure.get("signed", False),
         source=_settings(Training, tables.get("source")),
         train=_settings(Training, tables.get("train")),
         tune=_settings(Training, tuning),
@@ -265,7 +270,7 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         values = [run["accuracy"][stage] for run in runs if run["accuracy"].get(stage) is not None]
         if values:
             summary[stage] = spread(values)
-    for stage in ("converted", "synchronous", "tuned"):
+    for stage in STAGES:
         found = [run["accuracy"][stage] for run in runs if stage in run["accuracy"]]
         if found:
             summary[stage] = {step: spread([values[step] for values in found]) for step in found[0]}
@@ -307,6 +312,8 @@ class _Seed:
         if self.recipe.synchronous:
             waiting = self._measured(snn.as_synchronous())
             accuracy["synchronous"] = waiting["accuracy"]
+        if self.recipe.signed:
+            accuracy["signed"] = self._measured(snn.as_signed())["accuracy"]
         if self.recipe.tune is not None:
             snn = self._tuned(snn, source)
             report = self._measured(snn)

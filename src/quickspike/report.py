@@ -21,6 +21,7 @@ from quickspike.files import whole_file
 from quickspike.method import Method
 from quickspike.operations import Operations
 from quickspike.options import options_of
+from quickspike.recipe import STAGES
 from quickspike.searching import Found
 
 
@@ -241,11 +242,11 @@ def search_tables(found: Found, report: Report | None) -> RenderableType:
     return Group(table, Text(f"{least}, the source network {_percent(report.reference_accuracy)} %.{untried}"))
 
 
-def recipe_tables(result: Mapping[str, Any]) -> RenderableType:
+def recipe_tables(result: Mapping[str, Any]) -> Table:
     """What a recipe gave, mean and standard deviation over its seeds, beside the published figures."""
     summary, runs = result["summary"], result["runs"]
     table = Table(title=f"{result['title']}: accuracy in % on {runs[0]['test_images']} images, {len(runs)} seed(s)")
-    stages = [stage for stage in ("converted", "synchronous", "tuned") if stage in summary]
+    stages = [stage for stage in STAGES if stage in summary]
     for heading in ("", "latency", *stages, "published"):
         table.add_column(heading, justify="right" if heading else "left", overflow="fold")
     for stage, name in (("source", "source network"), ("ann", "network that was converted")):
