@@ -178,3 +178,15 @@ def test_a_neuron_says_that_it_is_signed() -> None:
     neuron = Neuron(NeuronParameters(torch.ones(()), signed=True), 4, False)
     assert "signed" in neuron.extra_repr()
     assert unfold(neuron(torch.tensor([[2.0], [-3.0], [0.0], [0.0]])), 4).flatten().tolist() == [1.0, -1.0, 0.0, 0.0]
+
+
+def test_pictures_keep_their_layout() -> None:
+    current = torch.randn(3 * 2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    theta, one = torch.tensor(0.7), torch.ones(())
+    plain, _ = integrate(current, torch.zeros(2, 4, 5, 5), theta, one, one, 3, signed=True)
+    last = current.contiguous(memory_format=torch.channels_last)
+    out, _ = integrate(last, torch.zeros(2, 4, 5, 5), theta, one, one, 3, signed=True)
+    assert torch.equal(out, plain)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    learned, _ = integrate(last.requires_grad_(), torch.zeros(2, 4, 5, 5), theta, one, one, 3, signed=True)
+    assert torch.equal(learned, plain)

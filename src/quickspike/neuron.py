@@ -178,17 +178,23 @@ def _signed_scan(
     inputs = current.expand(rule.steps, *current.shape) if rule.constant else unfold(current, rule.steps)
     dtype = torch.promote_types(current.dtype, theta.dtype)
     left = torch.zeros_like(inputs[0], dtype=dtype) if left is None else left
-    outputs = []
-    for x in inputs:
+    learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (current, v, theta, leak, amplitude))
+    shape = (rule.steps * inputs.shape[1], *inputs.shape[2:])
+    out = torch.empty(shape, dtype=current.dtype, device=current.device, memory_format=_format(current))
+    outputs: list[Tensor] = []
+    for x, slot in zip(inputs, out.view(rule.steps, *inputs.shape[1:]), strict=True):
         m = x.to(dtype) + leak * v.to(dtype)
         up = _Step.apply(rule.fire(m, theta), m / theta - 1, rule.surrogate)
         down = _Step.apply(m < 0, -m / theta, rule.surrogate) * (left > 0)
         spikes = up - down
-        outputs.append((spikes * amplitude).to(current.dtype))
+        if learning:
+            outputs.append((spikes * amplitude).to(current.dtype))
+        else:
+            slot.copy_(spikes * amplitude)
         # No gradient flows through the indicators of the reset.
         v = torch.addcmul(m, theta, spikes.detach(), value=-1)
         left = left + spikes.detach()
-    return torch.cat(outputs), v, left
+    return torch.cat(outputs) if learning else out, v, left
 
 
 def _format(x: Tensor) -> torch.memory_format:
