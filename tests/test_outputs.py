@@ -162,6 +162,11 @@ def test_values_are_held_against_the_source_network_without_labels(synchronous: 
         qs.evaluate(snn, [IMAGES], Several(GIVES["one map"]).eval())
 
 
+def test_a_network_without_a_tensor_is_named() -> None:
+    with pytest.raises(DataError, match="the network gives no tensor but a dict"):
+        first({"a": None, "b": ["text"]})
+
+
 @pytest.mark.parametrize(
     ("give", "text"),
     [

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from quickspike.errors import DataError
+
 Outputs = Any
 """A tensor, or tensors in tuples, lists and dicts."""
 
@@ -17,8 +19,15 @@ def tensors(outputs: Outputs) -> list[Tensor]:
 
 
 def first(outputs: Outputs) -> Tensor:
-    """The tensor that counts as the answer where there can be but one: classes, loss, early exit."""
-    return tensors(outputs)[0]
+    """The tensor that counts as the answer where there can be but one: classes, loss, early exit.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = tensors(outputs)
+    if not found:
+        raise DataError(f"the network gives no tensor but a {type(outputs).__name__}")
+    return found[0]
 
 
 def each(function: Callable[..., Tensor], outputs: Outputs, *more: Outputs) -> Outputs:

@@ -29,7 +29,7 @@ from quickspike.memory import keep_freed_memory
 from quickspike.metrics import Metrics
 from quickspike.options import option, validate
 from quickspike.provenance import digest
-from quickspike.structure import first
+from quickspike.structure import first, tensors
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -339,16 +339,17 @@ def _answers_of(trainer: Trainer, settings: Training) -> Callable[[Tensor], Tens
     def answers(images: Tensor) -> Tensor:
         try:
             with torch.no_grad(), trainer.fabric.autocast():
-                logits = first(teacher(images))
+                found = teacher(images)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise DataError(f"the teacher cannot take images {list(images.shape)}: {reason}") from error
-        if not isinstance(logits, Tensor) or not bool(torch.isfinite(logits).all()):
-            found = "NaN or infinity among them" if isinstance(logits, Tensor) else type(logits).__name__
-            raise DataError(f"the teacher has to answer with finite logits [B, K], got {found}")
-        return logits.float()
+        given = tensors(found)
+        if not given or not bool(torch.isfinite(given[0]).all()):
+            what = "NaN or infinity among them" if given else type(found).__name__
+            raise DataError(f"the teacher has to answer with finite logits [B, K], got {what}")
+        return given[0].float()
 
     return answers
 
