@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_refused() -> None:
             joined.pack(*wrong)
     for shapes in ([], [(3, 0)], [(2.0,)], [(True,)]):
         with pytest.raises(OptionError, match="sizes >= 1"):
-            qs.OneInput(Two(), shapes)  # type: ignore[arg-type]
+            qs.OneInput(Two(), shapes)
 
 
 class Pyramid(nn.Module):
