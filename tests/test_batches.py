@@ -18,12 +18,13 @@ from quickspike.errors import DataError
 from quickspike.preprocessing import Preprocessing
 
 CPU = torch.device("cpu")
+PLAIN = Preprocessing((0.0,), (1.0,))
 COLOURS = Preprocessing((0.1, 0.2, 0.3), (0.5, 1.5, 2.5))
 # Forking workers from a process with threads: Python 3.12 warns of it, PyTorch does it all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
-def numbered(count: int, preprocessing: Preprocessing = Preprocessing((0.0,), (1.0,)), channels: int = 1) -> Images:  # noqa: B008
+def numbered(count: int, preprocessing: Preprocessing = PLAIN, channels: int = 1) -> Images:
     """Random images whose first two pixels spell their index; labels are the index modulo 7."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, 4, 4, channels), dtype=np.uint8)
     pixels[:, 0, 0], pixels[:, 0, 1] = (np.arange(count) // 256)[:, None], (np.arange(count) % 256)[:, None]
@@ -52,7 +53,7 @@ def batches(
     seed: int = 0,
     share: Share | None = None,
     augmentation: Augmentation | None = None,
-    preprocessing: Preprocessing = Preprocessing((0.0,), (1.0,)),  # noqa: B008
+    preprocessing: Preprocessing = PLAIN,
 ) -> TrainingBatches:
     data = DataSet("numbered", images, images, preprocessing, tuple("abcdefg"))
     return TrainingBatches(data, validation, size, augmentation or Augmentation(), seed, CPU, share)

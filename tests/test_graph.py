@@ -1073,6 +1073,14 @@ def test_control_flow_on_shapes_works_or_is_not_recommended():
         assert "depend on shapes only" not in str(error)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_is_refused_with_the_way_out():
+    scripted = torch.jit.trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).eval(), images(1))
+    with pytest.raises(TraceError, match="a TorchScript module cannot be recorded. Way out: give the module"):
+        qs.trace(scripted, images(1))
+    assert not qs.inspect(scripted, images(1)).convertible
+
+
 def test_a_network_that_cannot_run_on_the_example_is_named():
     with pytest.raises(DataError, match="Raises cannot run"):
         qs.trace(Raises(), images(1))

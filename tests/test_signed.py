@@ -190,3 +190,18 @@ def test_pictures_keep_their_layout() -> None:
     assert out.is_contiguous(memory_format=torch.channels_last)
     learned, _ = integrate(last.requires_grad_(), torch.zeros(2, 4, 5, 5), theta, one, one, 3, signed=True)
     assert torch.equal(learned, plain)
+
+
+def test_a_spike_that_is_taken_back_costs_what_a_spike_costs(pair: Pair, digits_test: tuple[Tensor, Tensor]) -> None:
+    images = digits_test[0][:40]
+    operations = qs.count_operations(pair[1], [images])
+    assert operations.total("spikes") == pytest.approx(sum(float(out.abs().gt(0).sum()) for out in _outputs(pair[1], images)) / 40)
+
+
+def test_counts_do_not_end_in_half_precision() -> None:
+    one = torch.ones((), dtype=torch.bfloat16)
+    x = torch.ones(600, 1, dtype=torch.bfloat16)
+    x[300:] = -1
+    out, _ = integrate(x, torch.zeros(1, dtype=torch.bfloat16), one, one, one, 600, signed=True)
+    assert (out[:300] == 1).all()
+    assert (out[300:] == -1).all()

@@ -84,6 +84,8 @@ def copy_of(model: nn.Module) -> nn.Module:
     Raises:
         TraceError: the module cannot be copied.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError("a TorchScript module cannot be recorded. Way out: give the module that it was made from")
     try:
         private = copy.deepcopy(model)
     except Exception as error:

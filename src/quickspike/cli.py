@@ -270,7 +270,9 @@ def evaluate(
     data_set = data.load(snn.provenance.get("preprocessing", snn.provenance.get("statistics")))
     fabric = make_fabric(device, precision, devices)
     fabric.launch()
-    loader = Tracked(data_set.loader("test", limit=images), "evaluating")
+    loader: Any = data_set.loader("test", limit=images)
+    if fabric.is_global_zero:
+        loader = Tracked(loader, "evaluating")
     report = measure(snn, loader, source, steps, precision=precision, fabric=fabric, engine=engine, bits=bits)
     if not fabric.is_global_zero:
         return

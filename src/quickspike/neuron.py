@@ -7,7 +7,7 @@ The equations are those that the seed papers share (papers' notation):
     v(t) = m(t) - theta * s(t)               reset by subtraction
     out(t) = amplitude * s(t)                amplitude in units of theta where `scaled`
 
-A signed neuron also takes spikes back, as in SpikeZIP-TF (You et al., ICML 2024), which removes most of the error that comes
+A signed neuron also takes spikes back, as in SpikeZIP-TF (You et al., ICML 2024), which removes much of the error that comes
 from the order of arrival: s(t) = -1 if m(t) < 0 and it has fired more often than it has taken back.
 """
 
@@ -177,7 +177,8 @@ def _signed_scan(
     """(outputs `[T*B, ...]`, final potential `[B, ...]`, spikes that can be taken back `[B, ...]`) of signed neurons."""
     inputs = current.expand(rule.steps, *current.shape) if rule.constant else unfold(current, rule.steps)
     dtype = torch.promote_types(current.dtype, theta.dtype)
-    left = torch.zeros_like(inputs[0], dtype=dtype) if left is None else left
+    # In half precision a count would end at 256.
+    left = torch.zeros_like(inputs[0], dtype=torch.promote_types(dtype, torch.float32)) if left is None else left
     learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (current, v, theta, leak, amplitude))
     shape = (rule.steps * inputs.shape[1], *inputs.shape[2:])
     out = torch.empty(shape, dtype=current.dtype, device=current.device, memory_format=_format(current))

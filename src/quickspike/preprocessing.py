@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,10 @@ class Preprocessing:
             raise DataError(f"mean and std must be finite and std > 0, got mean={self.mean}, std={self.std}")
         if any(type(size) is not int or size < 0 for size in (self.resize, self.crop)):
             raise DataError(f"resize and crop must be numbers of pixels >= 0, got {self.resize!r} and {self.crop!r}")
+        if self.resize and self.crop > self.resize:
+            raise DataError(f"crop={self.crop} is more than resize={self.resize} leaves")
+        if type(self.bgr) is not bool:
+            raise DataError(f"bgr must be true or false, got {self.bgr!r}")
         if self.interpolation not in INTERPOLATIONS:
             raise DataError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {self.interpolation!r}")
 
@@ -67,11 +72,7 @@ class Preprocessing:
             parts = torch.split(pictures, some)
             pictures = torch.cat([functional.resize(part, [self.resize], interpolation=mode, antialias=True) for part in parts])
         if self.crop:
-            if self.crop > min(pictures.shape[2:]):
-                raise DataError(
-                    f"crop={self.crop} is more than pictures of {pictures.shape[2]} x {pictures.shape[3]} pixels hold; resize them"
-                )
-            pictures = functional.center_crop(pictures, [self.crop])
+            pictures = _cut(self.crop, pictures)
         return pictures.flip(1) if self.bgr else pictures
 
     def transform(self) -> Any:
@@ -80,10 +81,20 @@ class Preprocessing:
 
         mode = v2.InterpolationMode(self.interpolation)
         steps = [v2.Resize(self.resize, interpolation=mode)] if self.resize else []
-        steps += [v2.CenterCrop(self.crop)] if self.crop else []
+        steps += [v2.Lambda(partial(_cut, self.crop))] if self.crop else []
         steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
         steps += [v2.Lambda(_flipped)] if self.bgr else []
         return v2.Compose([*steps, v2.Normalize(self.mean, self.std)])
+
+
+def _cut(side: int, picture: Any) -> Any:
+    """The middle of a picture, or of `[..., H, W]`; torchvision would fill up a smaller one with black."""
+    from torchvision.transforms.v2 import functional
+
+    height, width = functional.get_size(picture)
+    if side > min(height, width):
+        raise DataError(f"crop={side} is more than pictures of {height} x {width} pixels hold; resize them")
+    return functional.center_crop(picture, [side])
 
 
 def _flipped(picture: Tensor) -> Tensor:
