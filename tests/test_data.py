@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import quickspike as qs
-from quickspike.data import BATCH, NPZ_KEYS, DataSet, Images, ImageStream, image_batches, labelled_batches, load_data
+from quickspike.data import BATCH, NPZ_KEYS, DataSet, Images, ImageStream, image_batches, labelled_batches, load_data, mixed_order
 from quickspike.errors import DataError, QuickspikeError, UnknownNameError
 from quickspike.preprocessing import PREPROCESSING, Preprocessing
 
@@ -453,9 +453,53 @@ def test_image_folders_are_read(splits: tuple[str, ...], tmp_path: Path) -> None
     images, labels = next(iter(data.loader("test")))
     assert images.shape == (4, 3, 224, 224)
     assert images.dtype == torch.float32
-    assert labels.tolist() == [0, 0, 1, 1]
+    assert sorted(labels.tolist()) == [0, 0, 1, 1]
     low = [(0 - mean) / std for mean, std in zip(PREPROCESSING["imagefolder"].mean, PREPROCESSING["imagefolder"].std, strict=True)]
     assert float(images.min()) >= min(low) - 1e-5
+
+
+def test_any_part_of_an_image_folder_holds_all_classes(tmp_path: Path) -> None:
+    """Folders come sorted by class: the first images, which calibrate, would all be of one class, and so would the last."""
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for number in range(10):
+            (tmp_path / split / f"{number}").mkdir(parents=True)
+            for index in range(4):
+                Image.new("RGB", (8, 8), (number, index, 0)).save(tmp_path / split / f"{number}" / f"{index}.png")
+    plain = Preprocessing((0.0,), (1.0,))
+    data, again = (load_data(f"imagefolder:{tmp_path}", preprocessing=plain) for _ in range(2))
+
+    def labels_of(data: DataSet, split: str, limit: int, last: bool = False) -> list[int]:
+        loader = data.loader(split, limit=limit, last=last)
+        for images, labels in loader:
+            assert torch.equal((images[:, 0, 0, 0] * 255).round().long(), labels)
+        return [int(label) for _, labels in loader for label in labels]
+
+    for split in ("train", "test"):
+        for last in (False, True):
+            found = labels_of(data, split, 10, last)
+            assert len(set(found)) == 10
+            assert found != sorted(found)
+            assert found == labels_of(again, split, 10, last)
+    assert sorted(labels_of(data, "train", 40)) == sorted([*range(10)] * 4)
+    held_out = {tuple(image.flatten().tolist()) for image, _ in (data.train[index] for index in range(30, 40))}
+    left = data.without_last(10)
+    assert not held_out & {tuple(left.train[index][0].flatten().tolist()) for index in range(30)}
+
+
+def test_a_mixed_order_keeps_proportions_everywhere() -> None:
+    labels = [0] * 600 + [1] * 300 + [2] * 97 + [3] * 3
+    order = mixed_order(labels)
+    assert sorted(order) == list(range(1000))
+    assert order == mixed_order(labels)
+    assert mixed_order([5]) == [0]
+    for start in range(0, 1000, 100):
+        part = [labels[place] for place in order[start : start + 100]]
+        assert all(abs(part.count(label) - labels.count(label) / 10) <= 1 for label in range(4))
+    # Places within a class are not in their stored order either: files are often named by when they were taken.
+    zeros = [place for place in order if place < 600]
+    assert np.corrcoef(zeros, range(600))[0, 1] < 0.1
 
 
 def test_bad_image_folders_are_refused(tmp_path: Path) -> None:

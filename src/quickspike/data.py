@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from quickspike.capture import check_batch
 from quickspike.errors import DataError, UnknownNameError
@@ -241,7 +241,13 @@ class DataSet:
         return len({"train": self.train, "test": self.test}[split])  # type: ignore[arg-type]  # all of ours have a length
 
     def loader(self, split: str, batch_size: int = BATCH, limit: int | None = None, last: bool = False) -> DataLoader[Any]:
-        """Batches of a split ("train" or "test") in their stored order, the first (or last) `limit` images if given."""
+        """Batches of a split ("train" or "test") in its order, the first (or last) `limit` images if given.
+
+        The order is the stored one; that of folders, which are sorted by class, mixes the classes (see `mixed_order`).
+
+        Raises:
+            DataError: no such split, or it does not hold so many images.
+        """
         if split not in ("train", "test"):
             raise DataError(f"a split is train or test, got {split!r}")
         images = self.train if split == "train" else self.test
@@ -249,7 +255,7 @@ class DataSet:
             size = self.size(split)
             if not 1 <= limit <= size:
                 raise DataError(f"{self.name}: asked for {limit} {split} images, it holds {size}")
-            images = torch.utils.data.Subset(images, range(size - limit, size) if last else range(limit))
+            images = Subset(images, range(size - limit, size) if last else range(limit))
         return DataLoader(images, batch_size=batch_size, num_workers=self.workers)
 
     def without_last(self, images: int) -> DataSet:
@@ -261,7 +267,7 @@ class DataSet:
         left = self.size("train") - images
         if not 0 <= images < left + images:
             raise DataError(f"{self.name}: {images} of {left + images} training images held out leave none to train on")
-        train = self.train.first(left) if isinstance(self.train, Images) else torch.utils.data.Subset(self.train, range(left))
+        train = self.train.first(left) if isinstance(self.train, Images) else Subset(self.train, range(left))
         return replace(self, train=train)
 
 
@@ -377,7 +383,30 @@ def _image_folder(path: Path, preprocessing: Preprocessing) -> DataSet:
     if parts[0].classes != parts[1].classes:
         strange = sorted(set(parts[0].classes) ^ set(parts[1].classes))
         raise DataError(f"{path}: the splits hold different classes: {', '.join(strange)} in one only")
-    return DataSet(f"imagefolder:{path}", parts[0], parts[1], preprocessing, tuple(parts[0].classes))
+    train, test = (Subset(part, mixed_order(part.targets)) for part in parts)
+    return DataSet(f"imagefolder:{path}", train, test, preprocessing, tuple(parts[0].classes))
+
+
+def mixed_order(labels: Sequence[int]) -> list[int]:
+    """An order of samples in which every stretch holds each class in proportion to its size; the same at every call.
+
+    Calibration takes the first images of a split and a search the last ones. Shuffling alone would leave about a third of
+    ImageNet's classes out of the first thousand.
+
+    Args:
+        labels: class of every sample.
+
+    Returns:
+        Places in `labels`.
+    """
+    generator = np.random.default_rng(0)
+    shuffled = generator.permutation(len(labels))
+    by_class = shuffled[np.argsort(np.asarray(labels)[shuffled], kind="stable")]
+    _, counts = np.unique(np.asarray(labels), return_counts=True)
+    # The samples of a class stand at equal distances, and those of different classes begin at different places.
+    ranks = np.concatenate([(np.arange(count) + start) / count for count, start in zip(counts, generator.random(len(counts)), strict=True)])
+    order: list[int] = by_class[np.argsort(ranks, kind="stable")].tolist()
+    return order
 
 
 def _picture(path: str) -> Any:
