@@ -180,8 +180,50 @@ def test_pools_and_joins_are_told_apart() -> None:
     # The largest of several values that err is too large.
     assert pooled.sizes["max-pooling"] > 0.01
     assert pooled.biases["max-pooling"] > 0
-    assert len(joined.branches) == 2
+    assert joined.branches.keys() == {pooled.site, "mixed"}
+    assert sum(joined.branches.values()) == pytest.approx(1, abs=1e-3)
     assert stem.branches == pooled.branches == {}
+
+
+def test_a_branch_is_called_by_the_layer_that_it_comes_from() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.first(x))
+            return F.relu(self.second(x) + F.pad(x, (0, 0, 0, 0, 1, 1))).mean((2, 3))
+
+    torch.manual_seed(0)
+    images = torch.rand(20, 1, 8, 8)
+    first, joined = anatomy_of(qs.convert(Padded(), images, steps=3), images).sites
+    assert joined.branches.keys() == {first.site, "second"}
+
+
+def test_spikes_that_are_taken_back_are_subtracted() -> None:
+    """Two neurons that fire at steps 2, 4, 7 and at step 4 drive one by +1 and -2: it fires at 2, 3, takes back at 4, 5, fires at 7, 8."""
+    images = torch.tensor([[0.4, 0.15]])
+    first, second = nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False)
+    first.weight.data, second.weight.data = torch.eye(2), torch.tensor([[1.0, -2.0]])
+    source = nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
+    snn = qs.convert(source, images, "threshold_balancing", steps=8, initial=0.5, signed=True)
+    for name, theta in (("1", 1.0), ("3", 0.5)):
+        snn.neuron(name).threshold.data.fill_(theta)
+    seen: list[Tensor] = []
+    snn.neuron("3").register_forward_hook(lambda *given: seen.append(given[2]))
+    found = anatomy_of(snn, images).sites[1]
+    assert seen[0].sign().flatten().tolist() == [0, 1, 1, -1, -1, 0, 1, 1]
+    # 0.25 at first, 3 - 2 came in, two spikes of 0.5 went out.
+    assert found.outside == 0
+    assert [place for place, share in enumerate(found.rates) if share] == [2]
+    assert (found.silent, found.saturated) == (0, 0)
+
+
+def test_bad_layers_are_listed_worst_first(spiking_digits: Digits, digits_test: tuple[Tensor, Tensor]) -> None:
+    found = anatomy_of(spiking_digits("threshold_balancing").with_steps(2), digits_test[0][:30])
+    assert [one.own for one in found.bad] == sorted((one.own for one in found.sites if one.advice), reverse=True)
+    assert len(found.bad) > 1
 
 
 def test_advice_is_given_where_it_is_needed() -> None:

@@ -13,6 +13,9 @@ whose sum is the error, element by element:
 
 Clipping, quantisation and unevenness are those of Bu et al. 2022 (arXiv 2303.04347). The share of a part is its
 projection on the error, E[e part] / E[e^2], so shares add up to 1 and one that cancels others is negative.
+
+A residual join adds up and has no error of its own: it passes on those of its branches, part of what its neurons inherit.
+`branches` says how much of the error of the sum comes through each of them.
 """
 
 from __future__ import annotations
@@ -67,18 +70,19 @@ class SiteAnatomy:
     biases: dict[str, float]
     """Mean of every part: negative where too little comes out."""
     branches: dict[str, float]
-    """For a residual join: how the error of its current divides among what it adds up."""
+    """Behind a residual join: how the error of its current divides among what it adds up, by the layer or site that each branch
+    comes from; they add up to 1, and one that cancels others is negative."""
     silent: float
     """Share of the neurons (of all images) that did not fire."""
     saturated: float
-    """Share that fired at every step."""
+    """Share that fired at every step, and took nothing back."""
     initial: float
     """Mean initial potential, in theta."""
     outside: float | None
     """Share that fired too often (potential left below 0) or not often enough (left above theta), though it could have
     done otherwise: the traces of unevenness. None where potentials leak."""
     rates: tuple[float, ...]
-    """Shares of neurons by rate: T + 1 equal bins of [0, 1], at most ten."""
+    """Shares of neurons by rate: T + 1 equal bins of [0, 1], at most ten. A spike of -1 cancels one of +1."""
     advice: str = ""
 
 
@@ -103,6 +107,11 @@ class Anatomy:
         most = max(self.sites, key=lambda one: one.own)
         blunt = max(self.sites, key=_apart_from_order)
         return blunt if _apart_from_order(blunt) >= most.own / 2 else most
+
+    @property
+    def bad(self) -> tuple[SiteAnatomy, ...]:
+        """Sites with advice, the one that adds the largest error first."""
+        return tuple(sorted((one for one in self.sites if one.advice), key=lambda one: -one.own))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -193,6 +202,9 @@ class _Spiking(_Kept):
         super().__init__(snn)
         self.timed = _timed(snn.network)
         self.counts: dict[fx.Node, Tensor] = {}
+        """Spikes of every neuron in all steps, those of -1 subtracted."""
+        self.fired: dict[fx.Node, Tensor] = {}
+        """Which neurons fired at all."""
         self.replayed: dict[str, Tensor] = {}
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -204,7 +216,8 @@ class _Spiking(_Kept):
     def mean(self, n: fx.Node, value: Tensor) -> Tensor:
         layer = self.submodules.get(str(n.target)) if n.op == "call_module" else None
         if isinstance(layer, Neuron):
-            self.counts[n] = unfold(value, self.snn.steps).ne(0).sum(0)
+            spikes = unfold(value, self.snn.steps).sign() * _height(layer).sign()
+            self.counts[n], self.fired[n] = spikes.sum(0).long(), spikes.ne(0).any(0)
         return unfold(value, self.snn.steps).mean(0) if n in self.timed else value
 
 
@@ -240,10 +253,17 @@ def replay(neuron: Neuron, current: Tensor, steps: int) -> Tensor:
     constant = neuron.constant_input or neuron.averaged
     if neuron.averaged and not neuron.constant_input:
         current = unfold(current, steps).mean(0)
-    height = neuron.amplitude * theta if neuron.scaled else neuron.amplitude
     return integrate(
-        current, neuron.initial * theta, theta, leak, height, steps, constant=constant, strict=neuron.strict, signed=neuron.signed
+        *(current, neuron.initial * theta, theta, leak, _height(neuron), steps),
+        constant=constant,
+        strict=neuron.strict,
+        signed=neuron.signed,
     )[0]
+
+
+def _height(neuron: Neuron) -> Tensor:
+    """Of a spike."""
+    return neuron.amplitude * neuron.bounded()[0] if neuron.scaled else neuron.amplitude
 
 
 def activation(neuron: Neuron, z: Tensor, ceiling: float | None) -> Tensor:
@@ -278,6 +298,16 @@ def _is_pool(network: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_module" and isinstance(network.get_submodule(str(node.target)), AccumulatedMaxPool)
 
 
+def _called(network: fx.GraphModule, node: fx.Node) -> str:
+    """The layer or site that a value comes from, by its name in the source network where it has one there."""
+    while len(node.all_input_nodes) == 1:
+        layer = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if layer is not None and not isinstance(layer, (Repeat, RunningMean, Increment)):
+            break
+        (node,) = node.all_input_nodes
+    return str(node.target) if node.op == "call_module" else node.name
+
+
 def _add(sums: _Sums, snn: SpikingNetwork, node: fx.Node, spiking: _Spiking, plain: _Plain) -> None:
     """Take one batch into account."""
     neuron: Any = snn.neuron(str(node.target))
@@ -290,7 +320,7 @@ def _add(sums: _Sums, snn: SpikingNetwork, node: fx.Node, spiking: _Spiking, pla
         # At the place that is largest without spikes.
         at_winner = spiking.kept[before].flatten(2).gather(2, plain.winners[current].flatten(2)).view_as(z)
     theta, leak = neuron.bounded()
-    height = neuron.amplitude * theta if neuron.scaled else neuron.amplitude
+    height = _height(neuron)
     here, there = activation(neuron, z, ceiling), activation(neuron, at_winner, ceiling)
     clipped = torch.minimum(here, height.expand_as(here))
     evenly = integrate(z, neuron.initial * theta, theta, leak, height, snn.steps, constant=True, strict=neuron.strict)[0]
@@ -312,9 +342,10 @@ def _add(sums: _Sums, snn: SpikingNetwork, node: fx.Node, spiking: _Spiking, pla
         sums.current += float(off.square().sum())
         for branch in current.all_input_nodes:
             share = float((off * (spiking.kept[branch] - plain.kept[branch]).double()).sum())
-            sums.branches[branch.name] = sums.branches.get(branch.name, 0.0) + share
+            name = _called(snn.network, branch)
+            sums.branches[name] = sums.branches.get(name, 0.0) + share
     counts = spiking.counts[node]
-    sums.silent += int((counts == 0).sum())
+    sums.silent += int((~spiking.fired[node]).sum())
     sums.saturated += int((counts == snn.steps).sum())
     bins = min(10, snn.steps + 1)
     sums.rates += torch.bincount((counts * bins // (snn.steps + 1)).flatten(), minlength=10).cpu()
