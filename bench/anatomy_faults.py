@@ -14,7 +14,6 @@ import copy
 import shlex
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from timing import network_and_data, save
@@ -22,6 +21,7 @@ from torch import Tensor
 
 import quickspike as qs
 from quickspike.anatomy import anatomy_of, main_source
+from quickspike.cli_options import without_paths
 from quickspike.neuron import Neuron, unfold
 
 
@@ -81,7 +81,7 @@ def main() -> None:
 
 def _command() -> str:
     """What was typed, without the folders of whoever typed it."""
-    return shlex.join(["python", "bench/anatomy_faults.py", *(Path(part).name if "/" in part else part for part in sys.argv[1:])])
+    return shlex.join(["python", "bench/anatomy_faults.py", *without_paths(sys.argv[1:])])
 
 
 if __name__ == "__main__":
