@@ -102,6 +102,7 @@ VGG19 = [3, 64, 64, 128, 128, *[256] * 4, *[512] * 8]
 PARAMETERS = {
     "digits_cnn": 45_290,
     "fast_cnn": 2_242_602,
+    "fast_resnet": 1_935_914,
     "vgg6": plain([3, 64, 128, 128], [8192, 4096, 4096, 10]),
     "vgg9": plain([3, 64, 128, 256, 256, 512, 512, 512], [2048, 4096, 4096, 10]),
     "vgg11": plain([3, 64, 128, 256, *[512] * 5], [2048, 4096, 4096, 10]),
@@ -223,6 +224,16 @@ def test_a_block_of_fast_cnn_adds_two_convolutions_to_its_input() -> None:
     for number in (1, 2):
         y = F.relu(block.body.get_submodule(f"norm{number}")(block.body.get_submodule(f"conv{number}")(y)))
     torch.testing.assert_close(block(x), x + y)
+
+
+def test_a_block_of_fast_resnet_adds_two_convolutions_of_rectified_values_to_what_no_relu_has_seen() -> None:
+    halving, same = (block.eval() for block in blocks_of(small("fast_resnet"))[1:3])
+    for block, x in ((halving, torch.randn(2, 8, 4, 4)), (same, torch.randn(2, 16, 4, 4))):
+        y, body = x, block.body
+        for number in (1, 2):
+            y = body.get_submodule(f"norm{number}")(body.get_submodule(f"conv{number}")(F.relu(y)))
+        torch.testing.assert_close(block(x), (block.shortcut(x) if block is halving else x) + y)
+    assert not having(halving.shortcut, nn.ReLU)
 
 
 @pytest.mark.parametrize("index", [0, 2])

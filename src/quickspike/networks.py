@@ -17,6 +17,7 @@ from quickspike.options import option, options_of, validate
 Pool = Literal["max", "average"]
 Initial = Literal["default", "small_head", "fan_out", "fan_in"]
 Part = Literal["stem", "conv", "linear"]
+Style = Literal["post", "pre", "wide", "current"]
 
 Children = dict[str, nn.Module | None]
 
@@ -86,11 +87,14 @@ class Residual:
 
     `post`: one convolution as the stem, ReLU after the addition, global average. `pre`: the same with batch norm and
     ReLU before the convolutions and shortcuts taken after the first of them. `wide`: blocks as `post`, but three
-    convolutions and a pooling as the stem, and no global average. Dropout follows the first activation of a block's
-    convolutions, and every activation of the stem but the last.
+    convolutions and a pooling as the stem, and no global average. `current`: ReLU before the convolutions, batch norm
+    after them, shortcuts without any ReLU from the image to the last stage, 4 x 4 and 2 x 2 convolutions where the map is
+    halved; in the spiking network the shortcuts carry currents, which reach every layer at the first step (as in MS-ResNet,
+    Hu et al. 2021, arXiv 2112.08954). Dropout follows the first activation of a block's convolutions (`current`: the second),
+    and every activation of the stem but the last.
     """
 
-    style: Literal["post", "pre", "wide"]
+    style: Style
     widths: tuple[int, ...]
     blocks: tuple[int, ...]
 
@@ -147,6 +151,12 @@ NETWORKS: dict[str, Network] = {
         bias=("linear",),
     ),
     "fast_cnn": Network("quickspike, for training on a CPU", Chain("32 64d R 128d R 256d R G"), Options(width=32), bias=("linear",)),
+    "fast_resnet": Network(
+        "quickspike, for training on a CPU and few time steps",
+        Residual("current", (32, 64, 128, 256), (0, 1, 2, 1)),
+        Options(width=32),
+        bias=("linear",),
+    ),
     "vgg6": _plain(_DIET, _wide_head("64 P 128 128 P")),
     "vgg9": _plain(_DIET, _wide_head("64 P 128 256 P 256 512 P 512 P 512")),
     "vgg11": _plain(_ULL, _wide_head("64 P 128 256 P 512 512 P 512 P 512 512"), pool="max"),
@@ -300,11 +310,11 @@ class _Layers:
             f"dropout{number}": dropout,
         }
 
-    def pair(self, inputs: int, outputs: int, stride: int, last: bool = False) -> nn.Sequential:
+    def pair(self, inputs: int, outputs: int, window: Window = SAME, last: bool = False) -> Children:
         """A block, convolution, batch norm, and a second ReLU if `last`."""
-        first = self.block(1, inputs, outputs, Window(3, stride, 1), dropout=self.dropout())
+        first = self.block(1, inputs, outputs, window, dropout=self.dropout())
         second = self.block(2, outputs, outputs)
-        return _sequence(**first, **(second if last else second | {"relu2": None}))
+        return {**first, **(second if last else second | {"relu2": None})}
 
     def head(self, features: int, hidden: tuple[int, ...] = ()) -> Children:
         """From `[B, C, H, W]` with `features` = C H W to `[B, classes]`."""
@@ -332,7 +342,7 @@ def _chain(plan: Chain, make: _Layers) -> nn.Sequential:
             layers |= _pooling(plan, make, numbers["P"])
             side //= 2
         elif entry == "R":
-            layers[f"residual{numbers['R']}"] = Add(make.pair(channels, channels, stride=1, last=True))
+            layers[f"residual{numbers['R']}"] = Add(_sequence(**make.pair(channels, channels, last=True)))
         elif entry == "G":
             layers["global_pool"], side = nn.AdaptiveAvgPool2d(1), 1
         else:
@@ -365,9 +375,11 @@ def _residual_network(plan: Residual, make: _Layers) -> nn.Sequential:
             stride = 2 if number > 1 and index == 0 else 1
             stage.append(_block(plan.style, make, channels, make.size(width), stride))
             channels = make.size(width)
-        layers[f"stage{number}"] = stage
+        layers[f"stage{number}"] = stage if blocks else None
     if plan.style == "pre":
         layers |= {"norm": make.norm(channels), "relu": nn.ReLU()}
+    if plan.style == "current":
+        layers["relu"] = nn.ReLU()
     if plan.style == "wide":
         side = make.row.image // 2 ** len(plan.widths)
         return _sequence(**layers, **make.head(channels * side**2))
@@ -379,6 +391,8 @@ def _stem(plan: Residual, make: _Layers) -> nn.Sequential:
     if plan.style == "pre":
         return _sequence(conv1=make.conv(channels, width, part="stem"))
     layers = make.block(1, channels, width, part="stem")
+    if plan.style == "current":
+        return _sequence(**layers | {"relu1": None})
     if plan.style == "post":
         return _sequence(**layers)
     layers["dropout1"] = make.dropout()
@@ -386,15 +400,19 @@ def _stem(plan: Residual, make: _Layers) -> nn.Sequential:
     return _sequence(**layers, **make.block(3, width, width, part="stem"), pool=make.pool())
 
 
-def _block(style: str, make: _Layers, inputs: int, outputs: int, stride: int) -> Add:
-    """A basic block: two convolutions around a shortcut that is a 1 x 1 convolution where the shape changes."""
+def _block(style: Style, make: _Layers, inputs: int, outputs: int, stride: int) -> Add:
+    """A basic block: two convolutions and a shortcut, which is a convolution where the shape changes."""
+    if style == "current":
+        halved = stride == 2
+        body = _sequence(relu=nn.ReLU(), **make.pair(inputs, outputs, WINDOWS["d"] if halved else SAME))
+        return Add(body, _sequence(conv=make.conv(inputs, outputs, Window(2, 2, 0)), norm=make.norm(outputs)) if halved else None)
     projection = make.conv(inputs, outputs, Window(1, stride, 0)) if stride != 1 or inputs != outputs else None
     if style == "pre":
         first = make.block(1, inputs, outputs, Window(3, stride, 1), dropout=make.dropout())
         before = _sequence(norm=make.norm(inputs), relu=nn.ReLU())
         return Add(_sequence(**first, conv2=make.conv(outputs, outputs)), projection, before)
     shortcut = None if projection is None else _sequence(conv=projection, norm=make.norm(outputs))
-    return Add(make.pair(inputs, outputs, stride), shortcut, after=nn.ReLU())
+    return Add(_sequence(**make.pair(inputs, outputs, Window(3, stride, 1))), shortcut, after=nn.ReLU())
 
 
 def _initialise(network: nn.Module, initial: Initial) -> None:
