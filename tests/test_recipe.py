@@ -19,6 +19,7 @@ from torch import Tensor
 
 import quickspike as qs
 import quickspike.training
+from quickspike import recipe as recipe_module
 from quickspike.augmentation import Augmentation
 from quickspike.cli import main
 from quickspike.errors import QuickspikeError
@@ -239,6 +240,11 @@ MISTAKES: dict[str, tuple[str, str, list[str]]] = {
     "steps are text": ("steps = [1, 2]", 'steps = ["2"]', ["steps"]),
     "calibration 0": ("calibration = 100", "calibration = 0", ["calibration"]),
     "calibration is text": ("calibration = 100", 'calibration = "all"', ["calibration"]),
+    "answers after every step of a network that knows no steps": (
+        "learning_rate = 0.001",
+        "learning_rate = 0.001\nevery_step = true",
+        ["every_step", "[tune]"],
+    ),
     "whitening of a trained network": ("learning_rate = 0.001", "learning_rate = 0.001\nwhiten = true", ["whiten", "[source]"]),
     "a source with a teacher": ("learning_rate = 0.05", "learning_rate = 0.05\ndistill = 0.5", ["distill", "[source]"]),
     "model is a number": ('model = "digits_cnn,width=4"', "model = 4", ["model"]),
@@ -581,6 +587,19 @@ def test_results_of_another_recipe_are_not_taken_for_this_ones(fabric: Any, tmp_
     with pytest.raises(QuickspikeError, match=r"run\.json"):
         run_recipe(other, dataclasses.replace(place, resume=True))
     assert list(run_recipe(other, place)["runs"][0]["accuracy"]["converted"]) == ["3"]
+
+
+def test_options_that_came_later_change_no_digest_where_they_are_off(write: Callable[[str], Path]) -> None:
+    """Results, checkpoints and shared source networks made before they came are taken up as they are."""
+    recipe = read_recipe(write(TEXT))
+    assert recipe_module._spelled(recipe) == re.sub(r", every_step=False", "", repr(recipe))
+    tune = recipe.tune
+    assert tune is not None
+    assert "every_step" not in recipe_module._in_force(tune)
+    assert recipe_module._in_force(dataclasses.replace(tune, every_step=True))["every_step"] is True
+    on = dataclasses.replace(recipe, tune=dataclasses.replace(tune, every_step=True))
+    assert recipe_module._spelled(on) == re.sub(r", every_step=False", "", repr(on))
+    assert recipe_module._spelled(on) != recipe_module._spelled(recipe)
 
 
 def test_an_unwritable_folder_is_refused_before_the_work(fabric: Any, tmp_path: Path) -> None:

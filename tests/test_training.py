@@ -923,6 +923,25 @@ def test_a_checkpoint_made_with_other_settings_is_refused(case: str, stopped: Pa
     refused(trainer(**settings), cnn(), stopped, part)
 
 
+@pytest.mark.parametrize("every_step", [False, True])
+def test_a_checkpoint_made_before_an_option_came_goes_on_where_it_is_off(
+    every_step: bool, stopped: Path, trainer: Callable[..., Trainer]
+) -> None:
+    state = torch.load(stopped, weights_only=True)
+    del state["settings"]["every_step"]
+    torch.save(state, stopped)
+    settings = {"epochs": 3, "augmentation": AUGMENTED}
+    resume = trainer(**settings, folder=stopped.parent, resume=True, every_step=every_step)
+    if every_step:
+        with pytest.raises(QuickspikeError, match="every_step"):
+            resume(cnn(), "source")
+        return
+    whole, resumed = cnn(), cnn(seed=5)
+    trainer(**settings)(whole, "source")
+    resume(resumed, "source")
+    assert same(weights_of(whole), weights_of(resumed))
+
+
 def test_a_checkpoint_of_another_network_is_refused(stopped: Path, trainer: Callable[..., Trainer]) -> None:
     settings = {"epochs": 3, "folder": stopped.parent, "augmentation": AUGMENTED, "resume": True}
     refused(trainer(**settings), mlp(), stopped, "network")

@@ -473,3 +473,56 @@ def test_dropout_scales_gradients_as_it_scales_outputs() -> None:
     neuron.dropout = 0.0
     for found, expected in zip(dropped, gradients(weights * mask.repeat(steps, 1)), strict=True):
         assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+# The answers after every step
+
+
+def moved(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
+    return {name: value - before.state_dict()[name] for name, value in after.state_dict().items()}
+
+
+@pytest.mark.parametrize("distill", [0.0, 0.5])
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_the_loss_of_every_step_counts_alike(distill: float, chunk: int, small: qs.SpikingNetwork, few: DataSet) -> None:
+    """One step of SGD on one batch is that of the loss written out."""
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    settings = {"batch_size": 256, "every_step": True, "distill": distill, "temperature": 2.0, "label_smoothing": 0.1}
+    tuned = tune(small, trainer(few, **settings), Tuning(chunk=chunk), teacher=teacher)
+    images, labels = (torch.cat(parts) for parts in zip(*few.loader("train"), strict=True))
+    snn = copy.deepcopy(small).train().requires_grad_(True)
+    losses = []
+    for logits in simulation.simulate(snn, images).logits:
+        loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
+        p, q = (teacher(images).detach() / 2).softmax(1), (logits / 2).log_softmax(1)
+        losses.append((1 - distill) * loss + distill * 4 * (p * (p.log() - q)).sum(1).mean())
+    assert len(losses) == 4
+    (sum(losses) / 4).backward()
+    gradients = {name: parameter.grad for name, parameter in snn.named_parameters()}
+    for name, change in moved(small, tuned).items():
+        if kind(name) in ("weights", "thresholds"):
+            torch.testing.assert_close(change, -0.05 * gradients[name], rtol=1e-3, atol=1e-6)
+    plain = moved(small, tune(small, trainer(few, **(settings | {"every_step": False})), Tuning(), teacher=teacher))
+    assert not torch.allclose(plain["network.1.weight"], moved(small, tuned)["network.1.weight"], rtol=0.1)
+
+
+def test_with_one_step_it_is_the_plain_loss(small: qs.SpikingNetwork, few: DataSet) -> None:
+    once = small.with_steps(1)
+    plain, every = (tune(once, trainer(few, every_step=every)).state_dict() for every in (False, True))
+    assert all(torch.equal(value, every[name]) for name, value in plain.items())
+
+
+def test_it_helps_the_answers_of_early_steps(small: qs.SpikingNetwork, digits: DataSet) -> None:
+    adam = {"batch_size": 64, "optimiser": "adam", "momentum": 0.9, "learning_rate": 0.01, "epochs": 2}
+    plain, every = (loss_of(tune(small, trainer(digits, **adam, every_step=on)).with_steps(1), digits) for on in (False, True))
+    assert every < 0.95 * plain
+
+
+def test_only_networks_with_answers_after_every_step_can_learn_them(small: qs.SpikingNetwork, few: DataSet) -> None:
+    every = trainer(few, every_step=True)
+    with pytest.raises(OptionError, match=r"every_step.*source network"):
+        every(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), "source")
+    with pytest.raises(OptionError, match=r"every_step.*whole windows of T = 4"):
+        tune(small.as_synchronous(), every)
+    # A window of one step is over at once.
+    tune(small.as_synchronous().with_steps(1), every)

@@ -101,6 +101,9 @@ class Recipe:
                 raise OptionError(f"recipe: whiten belongs to [source], not to [{name}]: it would undo the first convolution")
             if settings is not None and settings.distill and self.source is None:
                 raise OptionError(f"recipe: distill in [{name}] needs a [source] whose answers are learned")
+        for name, settings in (("source", self.source), ("train", self.train)):
+            if settings is not None and settings.every_step:
+                raise OptionError(f"recipe: every_step belongs to [tune], not to [{name}]: a source network knows no steps")
         if self.source is not None and self.source.distill:
             raise OptionError("recipe: [source] is trained first and has no teacher; distill belongs to [train] or [tune]")
         for name in ("title", "data", "model", "precision"):
@@ -277,6 +280,23 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return summary
 
 
+def _in_force(settings: Any) -> dict[str, Any]:
+    """What options are set to, without those that came later and are off: what was made before they came keeps its digest."""
+    later = getattr(settings, "later", ())
+    return {
+        field.name: getattr(settings, field.name)
+        for field in dataclasses.fields(settings)
+        if field.name not in later or getattr(settings, field.name) != field.default
+    }
+
+
+def _spelled(value: Any) -> str:
+    """`repr(value)`, of options those in force."""
+    if not dataclasses.is_dataclass(value):
+        return repr(value)
+    return f"{type(value).__name__}({', '.join(f'{name}={_spelled(one)}' for name, one in _in_force(value).items())})"
+
+
 def _digest_of(described: Any) -> str:
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12]
 
@@ -334,7 +354,7 @@ class _Seed:
     def _digest(self) -> str:
         """What the results of a seed depend on."""
         described = dataclasses.replace(self.recipe, seeds=(0,), title="", published=(), text="")
-        return _digest_of([repr(described), self._images()])
+        return _digest_of([_spelled(described), self._images()])
 
     def _images(self) -> str:
         """Where the images come from, without the place on this machine."""
@@ -364,7 +384,7 @@ class _Seed:
                 str(self.recipe.preprocessing),
                 self.recipe.model,
                 self.recipe.precision,
-                dataclasses.asdict(settings),
+                _in_force(settings),
                 dataclasses.asdict(self.recipe.augmentation),
             ]
         )

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from quickspike.augmentation import Augmentation
 from quickspike.batches import Share, TrainingBatches
 from quickspike.capture import copy_of
+from quickspike.conversion import SpikingNetwork, readout
 from quickspike.data import DataSet
 from quickspike.errors import CheckpointError, DataError, OptionError, QuickspikeError
 from quickspike.files import whole_file
@@ -29,7 +30,7 @@ from quickspike.memory import keep_freed_memory
 from quickspike.metrics import Metrics
 from quickspike.options import option, validate
 from quickspike.provenance import digest
-from quickspike.structure import first, tensors
+from quickspike.structure import Outputs, each, first, tensors
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -55,6 +56,8 @@ class Training:
     """How a network is trained: optimiser, schedule, regularisation, choice of the final weights."""
 
     name: ClassVar[str] = "training"
+    later: ClassVar[tuple[str, ...]] = ("every_step",)
+    """Options that came after results were made without them: where they are off, nothing tells of them."""
 
     epochs: int = option(24, "passes over the training images", unit="epochs", low=0, high=1_000_000)
     batch_size: int = option(128, "images per optimiser step, over all devices together", unit="images", low=1, high=2**20)
@@ -82,6 +85,11 @@ class Training:
     )
     temperature: float = option(
         2.0, "what logits are divided by before they are held against the teacher's", low=0, high=100, low_open=True
+    )
+    every_step: bool = option(
+        False,
+        "the loss is the mean of the losses of the answers after 1, 2, .. T steps, so that one network is good at all of them "
+        "(spiking networks only)",
     )
     clip: float = option(0.0, "largest norm of the gradient; 0 for none", low=0, high=1e9)
     ema: float = option(
@@ -285,7 +293,39 @@ def _shared_mean(fabric: Fabric, total: float, count: float) -> float:
     return float(sums[0] / sums[1])
 
 
+class _EveryStep(nn.Module):
+    """Answers after each step, `[T, B, K]`; a module of its own, since devices are set up for calls of a module only."""
+
+    def __init__(self, snn: SpikingNetwork) -> None:
+        super().__init__()
+        self.snn = snn
+
+    def forward(self, images: Tensor) -> Outputs:
+        # Of bfloat16 outputs the sum over the steps would lose what the later ones add.
+        return each(lambda outputs: readout(outputs.float()), self.snn.outputs(images))
+
+
+def _every_step_of(module: nn.Module, stage: str) -> _EveryStep:
+    """The network that gives its answers after each step.
+
+    Raises:
+        OptionError: it has none.
+    """
+    if not isinstance(module, SpikingNetwork):
+        raise OptionError(f"stage {stage}: every_step is for fine-tuning a spiking network; a source network knows no steps")
+    if module.synchronous and module.steps > 1:
+        raise OptionError(f"stage {stage}: every_step needs neurons that stream; these wait for whole windows of T = {module.steps}")
+    return _EveryStep(module)
+
+
 def _loss_of(settings: Training, classes: int, answers: Callable[[Tensor], Tensor] | None) -> Loss:
+    """The loss of the settings.
+
+    With `every_step` that of every answer after t steps counts alike (S. Deng et al., Temporal Efficient Training, ICLR
+    2022, arXiv 2202.11946). Differs from the paper: there the output of each step alone is held against the label, here
+    the mean of the outputs so far, which is what the network answers if it is stopped then.
+    """
+
     def to_labels(logits: Tensor, targets: Tensor) -> Tensor:
         if settings.loss == "cross_entropy":
             return F.cross_entropy(logits, targets, label_smoothing=settings.label_smoothing)
@@ -294,11 +334,17 @@ def _loss_of(settings: Training, classes: int, answers: Callable[[Tensor], Tenso
 
     def loss(network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         logits = first(network(images)).float()
+        steps = len(logits) if settings.every_step else 1
+        if settings.every_step:
+            logits = logits.flatten(0, 1)
+
+        def again(wanted: Tensor) -> Tensor:
+            return wanted.repeat(steps, *(1,) * (wanted.ndim - 1)) if steps > 1 else wanted
+
+        to_targets = to_labels(logits, again(targets))
         if answers is None:
-            return to_labels(logits, targets)
-        return (1 - settings.distill) * to_labels(logits, targets) + settings.distill * divergence(
-            logits, answers(images), settings.temperature
-        )
+            return to_targets
+        return (1 - settings.distill) * to_targets + settings.distill * divergence(logits, again(answers(images)), settings.temperature)
 
     return loss
 
@@ -397,10 +443,10 @@ class _Stage:
         if any(parameter.ndim == 4 for parameter in module.parameters()):
             module.to(memory_format=torch.channels_last)
         optimiser = _optimiser(settings, parameters)
-        self.network: Any = module
+        self.network: Any = _every_step_of(module, stage) if settings.every_step and self.plain_loss else module
         self.optimiser: torch.optim.Optimizer = optimiser
         if settings.epochs:
-            self.network, self.optimiser = self.fabric.setup(module, optimiser)
+            self.network, self.optimiser = self.fabric.setup(self.network, optimiser)
         self.average = _average(module, settings.ema)
         self.rows: list[Row] = []
         self.best: tuple[float, dict[str, Tensor]] | None = None
@@ -559,7 +605,10 @@ class _Stage:
         if not isinstance(state, dict) or set(state) != {"settings", "rows", "module", "optimiser", "average", "best"}:
             raise CheckpointError(f"{self.file}: not a training checkpoint; remove it to start this stage anew")
         asked, made = self._described(), dict(state["settings"])
-        other = [f"{key}={made.get(key)!r} (now {value!r})" for key, value in asked.items() if made.get(key) != value]
+        # An option that the checkpoint does not know is newer than it, and is off where it has no value.
+        other = [
+            f"{key}={made.get(key)!r} (now {value!r})" for key, value in asked.items() if (made[key] != value if key in made else value)
+        ]
         if other:
             raise CheckpointError(f"{self.file} was made with {', '.join(other)}; resume with the same settings, or remove it")
         try:
