@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import quickspike as qs
+import quickspike.simulation
 from quickspike import evaluation
+from quickspike.anatomy import anatomy_of
 from quickspike.errors import DataError, OptionError
 from quickspike.evaluation import Report
 from quickspike.report import accuracy_table, plot_accuracy, report_tables
@@ -310,6 +312,57 @@ def test_an_unknown_device_or_precision_is_refused(device: str, precision: str) 
         qs.evaluate(direct(), [(IMAGES, LABELS)], device=device, precision=precision)
 
 
+# Engines, memory, errors of the layers
+
+
+def test_an_engine_in_half_precision(small: Any) -> None:
+    _, snn, images, labels = small
+    report = measure(snn, [(images, labels)], engine="fused", engine_precision="bf16")
+    assert report.settings["engine"]["precision"] == "bf16"
+    with pytest.raises(OptionError, match="engine_precision='bf16' needs an engine"):
+        measure(snn, [(images, labels)], engine_precision="bf16")
+    with pytest.raises(OptionError, match="precision must be fp32, or bf16 with the fused engine"):
+        measure(snn, [(images, labels)], engine="integer", engine_precision="bf16")
+
+
+@pytest.mark.parametrize("engine", [None, "fused"])
+def test_memory_is_a_bound_that_changes_no_figure(engine: Any, small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, snn, images, labels = small
+    budgets: list[int] = []
+    real = quickspike.simulation.parts
+
+    def watched(network: qs.SpikingNetwork, images: Tensor, memory: int, **more: Any) -> Any:
+        budgets.append(memory)
+        return real(network, images, memory, **more)
+
+    monkeypatch.setattr(quickspike.simulation, "parts", watched)
+    report = measure(snn, [(images, labels)], engine=engine, memory="100kB")
+    same(report, measure(snn, [(images, labels)], engine=engine))
+    assert set(budgets) == {100_000}
+    assert report.settings["memory"] == "100kB"
+    assert snn.memory is None
+    with pytest.raises(OptionError, match="memory must be a number"):
+        measure(snn, [(images, labels)], memory="much")
+    with pytest.raises(OptionError, match="more than the"):
+        measure(snn, [(images, labels)], memory="10B")
+
+
+def test_the_layers_say_where_the_error_comes_from(small: Any) -> None:
+    model, snn, images, labels = small
+    batches = [(images[:6], labels[:6]), (images[6:], labels[6:])]
+    assert measure(snn, batches).layers == {}
+    report = measure(snn, batches, model, steps=(1, 2), anatomy=10, engine="fused")
+    wanted = anatomy_of(snn.with_steps(2), images[:10])
+    assert list(report.layers) == [site.name for site in snn.sites]
+    assert report.anatomy is not None
+    assert (report.anatomy.images, report.anatomy.steps) == (10, 2)
+    for one in wanted.sites:
+        assert report.layers[one.site].error == pytest.approx(one.error, rel=1e-5)
+    assert report.to_json()["anatomy"]["sites"][0]["site"] == snn.sites[0].name
+    with pytest.raises(OptionError, match="anatomy must be"):
+        measure(snn, batches, anatomy=-1)
+
+
 # What becomes of a report
 
 
@@ -323,7 +376,7 @@ def test_a_report_is_plain_json(small: Any) -> None:
     assert data["method"]["name"] == "threshold_balancing"
     assert data["settings"]["device"] == "cpu"
     assert data["settings"]["versions"]["torch"] == torch.__version__
-    assert set(data) == set(Report.__dataclass_fields__)
+    assert set(data) == set(Report.__dataclass_fields__) - {"anatomy"}
     assert all(type(value) is float for value in (*report.accuracy.values(), *report.agreement.values(), *report.rates.values()))
 
 

@@ -7,18 +7,19 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from quickspike.anatomy import Anatomy, SiteAnatomy, anatomy_of
 from quickspike.capture import check_batch, copy_of
 from quickspike.conversion import SpikingNetwork
 from quickspike.data import Batches, labelled_batches
 from quickspike.errors import DataError, OptionError
-from quickspike.memory import keep_freed_memory
+from quickspike.memory import in_bytes, keep_freed_memory
 from quickspike.provenance import machine, versions
 from quickspike.simulation import simulate
 from quickspike.structure import Outputs, each, first, places, tensors
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
     from quickspike.engines import Engine
+    from quickspike.engines import Precision as EnginePrecision
 
 SMALLEST = 1e-30
 """Squares are at least so large when something is divided by them."""
@@ -58,12 +60,23 @@ class Report:
     deviation: dict[int, float] = field(default_factory=dict)
     """Root mean square distance of what the network gives from what the source network gives, in percent of the latter's
     root mean square; of several outputs the one that is farthest off. Empty without a reference."""
+    anatomy: Anatomy | None = None
+    """The conversion error of every site and what it consists of; None unless it was asked for."""
+
+    @property
+    def layers(self) -> dict[str, SiteAnatomy]:
+        """`anatomy` by site; empty unless it was asked for."""
+        return {} if self.anatomy is None else {one.site: one for one in self.anatomy.sites}
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; keys that are numbers of steps become strings."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
         for name in ("accuracy", "agreement", "latency", "deviation"):
             data[name] = {str(step): value for step, value in data[name].items()}
+        if self.anatomy is None:
+            del data["anatomy"]
+        else:
+            data["anatomy"] = self.anatomy.to_json()
         return data
 
 
@@ -100,6 +113,9 @@ def evaluate(
     fabric: Fabric | None = None,
     engine: Engine | None = None,
     bits: int = 8,
+    engine_precision: EnginePrecision = "fp32",
+    memory: str | int | None = None,
+    anatomy: int = 0,
 ) -> Report:
     """Measure `snn` on labelled images.
 
@@ -120,12 +136,21 @@ def evaluate(
             With another precision than 32-true it has to be made for that. Every process gets the report of all.
         engine: measure a copy made for this engine, see `quickspike.engines.accelerate`; None runs `snn` as it is.
         bits: of a weight (engine=integer, count).
+        engine_precision: of the layers that read spikes (engine=fused): fp32 or bf16.
+        memory: what a simulation may take, in bytes or as "2GiB"; None for what `snn.memory` says.
+        anatomy: images, the first of `data`, on which the error of every layer is split into its sources (`Report.layers`), at the
+            largest number of steps; 0 for none. It looks into `snn`, also where an engine is measured.
 
     Raises:
         DataError: neither labels nor a reference, labels out of range, no images, or images that do not fit.
-        OptionError: a number of steps below 1, or an engine that cannot run this network.
+        OptionError: a number of steps below 1, an engine that cannot run this network, bf16 without an engine, or memory that is no
+            amount or too little.
     """
     chosen = _steps(steps, snn.steps)
+    if engine is None and engine_precision != "fp32":
+        raise OptionError(f"engine_precision={engine_precision!r} needs an engine that has it; give engine='fused' too")
+    if not isinstance(anatomy, int) or anatomy < 0:
+        raise OptionError(f"anatomy must be a whole number of images >= 0, got {anatomy!r}")
     # Processes that are given may train in mixed precision; figures are those of the weights as they are.
     single = fabric is not None and precision == "32-true"
     fabric = fabric or make_fabric(device, precision)
@@ -138,13 +163,19 @@ def evaluate(
     if engine is not None:
         from quickspike.engines import accelerate
 
-        networks = [(accelerate(network, engine, bits=bits), steps) for network, steps in networks]
+        networks = [(accelerate(network, engine, engine_precision, bits), steps) for network, steps in networks]
+    if memory is not None:
+        for network, _ in networks:
+            network.memory = in_bytes(memory)
     source = None if reference is None else fabric.to_device(copy_of(reference))
-    tally = _Tally(networks, source)
+    tally, some, missing = _Tally(networks, source), list[Tensor](), anatomy
     started = time.perf_counter()
     with torch.inference_mode(), contextlib.nullcontext() if single else fabric.autocast():
         for number, (images, labels) in enumerate(labelled_batches(data), 1):
             check_labels(images, labels, number, needed=source is None)
+            if missing:
+                some.append(images[:missing])
+                missing -= len(some[-1])
             if number % fabric.world_size != fabric.global_rank:
                 continue
             tally.add(fabric.to_device(images), None if labels is None else fabric.to_device(labels), number)
@@ -156,10 +187,16 @@ def evaluate(
         "processes": fabric.world_size,
         "precision": precision,
         "engine": networks[-1][0].provenance.get("engine"),
+        "memory": memory if memory is not None else snn.memory,
         "versions": versions(),
         "machine": machine(),
     }
-    return tally.report(snn, time.perf_counter() - started, settings)
+    report = tally.report(snn, time.perf_counter() - started, settings)
+    if not some:
+        return report
+    whole = snn.with_steps(chosen[-1])
+    fabric.to_device(whole)
+    return replace(report, anatomy=anatomy_of(whole, some))
 
 
 def summed(fabric: Fabric, numbers: Sequence[int]) -> list[int]:
