@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import runpy
 import sys
@@ -79,11 +80,23 @@ def test_the_page_on_adding_a_method_adds_one(digits_source, digits, tmp_path, m
     monkeypatch.setattr(method, "_REGISTRY", dict(method._REGISTRY))
     (tmp_path / "added.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
     importlib.import_module("added")
-    snn = qs.convert(digits_source, digits.loader("train", limit=200), "max_norm", steps=32, factor=0.9)
+    snn = qs.convert(digits_source, digits.loader("train", limit=200), "max_norm", steps=32, share=0.9)
     assert qs.evaluate(snn, digits.loader("test"), device="cpu").accuracy[32] > 95
     main(["methods", "max_norm", "--json"])
     assert "share of the largest activation" in capsys.readouterr().out
+    # What the page says works now.
+    common = ["--data", "digits", "--device", "cpu"]
+    training = [*common, "--epochs", "1", "--batch-size", "256", "--json"]
+    chosen = ["--method", "max_norm", "--share", "0.9", "--steps", "4", "--calibration-images", "100", "--learning-rate", "0.05"]
+    main(["train", "digits_cnn,width=4", *chosen, *training, "--out", "trained"])
+    main(["tune", "trained/network.safetensors", *training, "--out", "tuned"])
+    trained, tuned = (qs.load(tmp_path / name / "network.safetensors") for name in ("trained", "tuned"))
+    assert trained.method == tuned.method == {"name": "max_norm", "options": {**trained.method["options"], "steps": 4, "share": 0.9}}
+    capsys.readouterr()
+    main(["compare", "digits_cnn,width=4", *common, "--methods", "max_norm", "qcfs", "--steps", "2", "--images", "50", "--json"])
+    assert set(json.loads(capsys.readouterr().out)) == {"max_norm", "qcfs"}
     del sys.modules["added"]
 
 

@@ -11,10 +11,15 @@ from torch import Tensor, nn
 
 import oracles
 import quickspike as qs
-from quickspike.activations import StreamingHistogram
+from quickspike.activations import CeilingProbe, StreamingHistogram
+from quickspike.api import fit
+from quickspike.data import DataSet, ImageStream
 from quickspike.errors import DataError
+from quickspike.evaluation import make_fabric
+from quickspike.graph import Site
 from quickspike.methods.threshold_balancing import ThresholdBalancing
 from quickspike.neuron import Neuron
+from quickspike.training import Trainer, Training
 
 F64 = torch.float64
 SHAPES = pytest.mark.parametrize("shape", ["uniform", "normal", "exponential", "heavy", "sparse", "quantised"])
@@ -308,3 +313,51 @@ def test_scale_multiplies_every_threshold(digits_source, digits):
     whole, scaled = (qs.convert(digits_source, images, "threshold_balancing", steps=4, scale=scale) for scale in (1.0, 0.5))
     for site in whole.sites:
         torch.testing.assert_close(scaled.neuron(site.name).threshold, 0.5 * whole.neuron(site.name).threshold)
+
+
+# With a training
+
+
+def test_a_probe_watches_a_calibration_and_no_training() -> None:
+    probe = CeilingProbe(Site("relu", "relu", None, (3,)), "channel").train()
+    x = torch.arange(6.0).view(2, 3)
+    probe(x)
+    assert int(probe.histogram.total.sum()) == 0
+    with torch.no_grad():
+        probe(x)
+        assert probe.histogram.total.tolist() == [2, 2, 2]
+        assert probe.histogram.maximum.tolist() == [3, 4, 5]
+        probe.eval()(x)
+    assert probe.histogram.total.tolist() == [2, 2, 2]
+    probe.forget()
+    assert probe.histogram.total.tolist() == [0, 0, 0]
+    assert probe.histogram.bins == 2048
+
+
+def test_after_a_training_the_trained_network_alone_is_calibrated(digits_source: nn.Module, digits: DataSet) -> None:
+    """What early weights gave would stand in the histograms for good."""
+    images = ImageStream(digits.loader("train", limit=200))
+    settings = Training(epochs=1, batch_size=128, learning_rate=0.05, weight_decay=0.01)
+    trainer = Trainer(fabric=make_fabric("cpu"), data=digits, settings=settings)
+    ann = fit(digits_source, images, ThresholdBalancing(steps=4), trainer)
+    peaks: dict[int, Tensor] = {}
+    for site in ann.sites:
+        probe = ann.at(site)
+        probe.register_forward_hook(
+            lambda probe, _, out: peaks.update(
+                {id(probe): out.transpose(0, 1).flatten(1).amax(1).maximum(peaks.get(id(probe), out.new_zeros(1)))}
+            )
+        )
+    totals = {site.name: ann.at(site).histogram.total.clone() for site in ann.sites}
+    with torch.no_grad():
+        for batch in images:
+            ann.module(batch)
+    for site in ann.sites:
+        histogram = ann.at(site).histogram
+        assert torch.equal(histogram.total, totals[site.name])
+        places = 1
+        for size in site.shape[1:]:
+            places *= size
+        assert set(histogram.total.tolist()) == {200 * places}
+        # Batch norm is folded by now, which rounds.
+        torch.testing.assert_close(histogram.maximum.float(), peaks[id(ann.at(site))], rtol=1e-4, atol=1e-5)

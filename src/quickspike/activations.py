@@ -136,7 +136,9 @@ def _tail(values: Tensor) -> Tensor:
 
 
 class CeilingProbe(nn.Module):
-    """The source activation; while in training mode it also streams what it gives into a histogram.
+    """The source activation; in training mode without gradients it also streams what it gives into a histogram.
+
+    So it watches while a network is calibrated (`ImageStream.feed`), and not while it is trained.
 
     Args:
         site: the activation that it replaces.
@@ -150,10 +152,14 @@ class CeilingProbe(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.clamp(0.0, self.site.ceiling)
-        if self.training:
+        if self.training and not torch.is_grad_enabled():
             per_channel = y.transpose(0, 1).flatten(1) if self.granularity == "channel" else y.reshape(1, -1)
             self.histogram.update(per_channel)
         return y
+
+    def forget(self) -> None:
+        """Drop what was seen, before the trained network is watched."""
+        self.histogram = StreamingHistogram(*self.histogram.counts.shape)
 
     def finish(self, ceiling: Tensor) -> Tensor:
         """A usable threshold from a fitted ceiling: positive, and shaped to broadcast over the site.

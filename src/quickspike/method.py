@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import nn
 
+from quickspike.activations import CeilingProbe
 from quickspike.errors import ConversionError, OptionError, UnknownNameError
 from quickspike.neuron import MAX_STEPS, Surrogate
 from quickspike.options import option, options_of, validate
@@ -120,11 +121,18 @@ class Method(abc.ABC):
         """Fit the prepared network `ann` in place: calibrate it with unlabelled images, and train it if `train` is given.
 
         By default one pass over the images, in which the activations are in training mode without gradients and can
-        watch, then one stage of training of all parameters.
+        watch, then one stage of training of all parameters, after which every `CeilingProbe` watches the trained network.
         """
-        images.feed(ann.module, [ann.at(site) for site in ann.sites])
-        if train is not None:
-            train(ann.module, "ann")
+        activations = [ann.at(site) for site in ann.sites]
+        images.feed(ann.module, activations)
+        if train is None:
+            return
+        train(ann.module, "ann")
+        probes = [activation for activation in activations if isinstance(activation, CeilingProbe)]
+        for probe in probes:
+            probe.forget()
+        if probes:
+            images.feed(ann.module, probes)
 
     @abc.abstractmethod
     def neuron(self, site: Site, activation: nn.Module) -> NeuronParameters:

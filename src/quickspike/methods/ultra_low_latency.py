@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from quickspike.activations import CeilingProbe, LearnedCeiling, ceiling_at
+from quickspike.activations import LearnedCeiling, ceiling_at
 from quickspike.data import ImageStream
 from quickspike.errors import ConversionError
 from quickspike.graph import Site, Traced
@@ -109,7 +109,7 @@ class PercentileCeiling(LearnedCeiling):
 
     def forget(self) -> None:
         """Drop what was watched, before the trained network is watched."""
-        self.probe = CeilingProbe(self.probe.site, "layer")
+        self.probe.forget()
 
     def percentiles(self) -> Tensor:
         """P[q] for q = 1..99, float64; values below zero, which never enter the loss, come as 0."""
