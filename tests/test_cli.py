@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import quickspike as qs
+from quickspike.claims import CLAIMS
 from quickspike.cli import main
 from quickspike.method import all_methods
 from quickspike.options import options_of
@@ -119,6 +121,7 @@ HELP = {
             "--weights FILE",
         ),
         *("--images N", "--out FILE", "--plot FILE", "--device NAME", "--precision NAME", "--json", "unit: steps", "range: >= 1"),
+        *("--engine NAME", "--engine-precision NAME", "--memory AMOUNT", "--first-layer HOW-OFTEN"),
     ],
 }
 
@@ -276,6 +279,34 @@ def test_evaluate_on_an_engine(engine: str, expected: str, network: Path, run: A
     assert json.loads(result.out)["settings"]["engine"]["name"] == expected
 
 
+def test_evaluate_says_which_engine_ran_and_why(network: Path, run: Any) -> None:
+    arguments = ("evaluate", network, "--data", "digits", "--images", 20, "--device", "cpu")
+    assert "engine: none asked for; the network as it is" in run(*arguments).out
+    assert "engine: fused, fp32 (exact for weights in floating point)" in run(*arguments, "--engine", "auto").out
+    half = run(*arguments, "--engine", "fused", "--engine-precision", "bf16", "--memory", "20MiB")
+    assert "engine: fused, bf16 (asked for)" in half.out
+    failed(run(*arguments, "--engine-precision", "bf16"), "engine_precision='bf16' needs an engine")
+    failed(run(*arguments, "--memory", "much"), "memory must be a number with a unit such as 2GiB")
+    failed(run(*arguments, "--memory", "10B"), "one sample needs about")
+
+
+def test_what_stops_early_is_what_was_measured(network: Path, run: Any) -> None:
+    from quickspike.data import load_data
+    from quickspike.early_exit import savings
+
+    options = ("--engine", "integer", "--bits", 2, "--exit", 3, "--device", "cpu", "--json")
+    shown = json.loads(run("evaluate", network, "--data", "digits", *options).out)["early_exit"]
+    data = load_data("digits")
+    held_out, test = data.loader("train", limit=data.size("train"), last=True), data.loader("test")
+    coarse, plain = (
+        [dataclasses.asdict(row) for row in savings(snn, held_out, test, (3.0,))]
+        for snn in (qs.accelerate(qs.load(network), "integer", bits=2), qs.load(network))
+    )
+    assert shown == coarse
+    assert shown != plain
+    failed(run("evaluate", network, "--data", "digits", "--engine", "count", "--exit", 1), "--engine count", "take fused or integer")
+
+
 def test_evaluate_shows_what_stopping_early_saves(network: Path, tmp_path: Path, run: Any) -> None:
     plot = tmp_path / "a.png"
     arguments = ("evaluate", str(network), "--data", "digits", "--images", "40", "--exit", "0.5", "10", "--device", "cpu")
@@ -311,7 +342,31 @@ def test_evaluate_writes_a_page(network: Path, tmp_path: Path, run: Any) -> None
     for part in (f"{network.name} on digits", "Where the error comes from", "45nm_fp32", "One image: "):
         assert part in text
     assert str(tmp_path) not in text
+    assert "engine: none asked for" in text
     failed(run("evaluate", str(network), "--data", "digits", "--page", tmp_path / "page.html" / "a"), "cannot write")
+
+
+def test_a_page_says_how_to_make_it_again(model: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, page = tmp_path / "net.safetensors", tmp_path / "page.html"
+
+    def typed(*arguments: Any) -> str:
+        monkeypatch.setattr(sys, "argv", ["quickspike", *map(str, arguments)])
+        assert run(*arguments).code == 0
+        return page.read_text(encoding="utf-8") if page.exists() else ""
+
+    typed("convert", f"{model}:net", "--data", "digits", "--steps", 2, "--calibration-images", 50, "--out", out, "--device", "cpu")
+    evaluate = ("evaluate", out, "--data", "digits", "--images", 20, "--page", page, "--device", "cpu")
+    text = typed(*evaluate)
+    convert = "quickspike convert tiny.py:net --data digits --steps 2 --calibration-images 50 --out net.safetensors --device cpu"
+    assert f"<pre>{convert}\nquickspike evaluate net.safetensors --data digits" in text
+    assert str(tmp_path) not in text
+    snn = qs.load(out)
+    snn.neuron("2").threshold.data *= 2
+    snn.save(out)
+    assert f"<pre>{convert}\n# ... and net.safetensors was changed afterwards" in typed(*evaluate)
+    del snn.provenance["made"]
+    snn.save(out)
+    assert "# net.safetensors was made in Python" in typed(*evaluate)
 
 
 def test_evaluate_shows_what_it_costs(network: Path, run: Any) -> None:
@@ -326,6 +381,16 @@ def test_evaluate_shows_what_it_costs(network: Path, run: Any) -> None:
     assert [(one["device"], one["account"]) for one in found["energy"]] == [
         (device, account) for device in ("45nm_fp32", "loihi") for account in ("papers", "conservative", "memory")
     ]
+    # What a formula leaves out, and that the third takes a second network.
+    for claim in CLAIMS.values():
+        assert claim.caveat in " ".join(shown.out.split())
+        assert f"{claim.published:g} ({claim.network})" in shown.out
+    assert "image read once" in shown.out
+    again = run(*arguments, "--first-layer", "every-step")
+    assert "image read at every step" in again.out
+    often = json.loads(run(*arguments, "--first-layer", "every-step", "--json").out)["operations"]
+    assert often["first"] == "every step"
+    assert often["metrics"]["Effective_MACs"] == 4 * found["operations"]["metrics"]["Effective_MACs"]
     papers = found["energy"][0]
     metrics = found["operations"]["metrics"]
     assert papers["spiking"] == pytest.approx(4.6 * metrics["Effective_MACs"] + 0.9 * metrics["Effective_ACs"])
@@ -411,6 +476,48 @@ def test_numbers_stay_readable_in_a_narrow_terminal(network: Path, run: Any, mon
     result = run("evaluate", network, "--data", "digits", "--images", 20, "--device", "cpu", "--steps", *range(1, 13))
     assert result.code == 0
     assert "…" not in result.out
+
+
+# Compare and search
+
+
+def test_compare_draws_what_accuracy_takes(model: Path, tmp_path: Path, run: Any) -> None:
+    page = tmp_path / "page.html"
+    arguments = ("--methods", "potential_init", "rate_norm", "--steps", 1, 3, "--calibration-images", 50, "--images", 15, "--page", page)
+    assert run("compare", f"{model}:net", "--data", "digits", *arguments, "--device", "cpu").code == 0
+    text = page.read_text(encoding="utf-8")
+    for part in ("What accuracy takes", "accuracy against latency", "accuracy against energy", "4 conversions on the same images"):
+        assert part in text
+
+
+def test_search_takes_options_and_writes_a_page(model: Path, tmp_path: Path, run: Any) -> None:
+    page = tmp_path / "page.html"
+    arguments = ("search", f"{model}:net", "--data", "digits", "--calibration-images", 50, "--images", 60, "--most-steps", 4)
+    candidates = ("--candidate", "potential_init:ceiling=percentile,percentile=99", "threshold_balancing")
+    result = run(*arguments, *candidates, "--max-drop", 30, "--page", page, "--device", "cpu", "--json")
+    assert result.code == 0
+    found = json.loads(result.out)
+    assert {one["candidate"] for one in found["trials"]} == {"potential_init ceiling=percentile percentile=99.0", "threshold_balancing"}
+    text = page.read_text(encoding="utf-8")
+    for part in ("What accuracy takes", "Pareto front", "accuracy against energy", "Where the error comes from", "on 450 test images"):
+        assert part in text
+    assert run(*arguments, "--candidate", "qcfs", "--max-drop", 0, "--most-steps", 1, "--page", page, "--device", "cpu").code == 0
+    assert "Nothing loses at most 0 points" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("potential_ini", ["did you mean 'potential_init'"]),
+        ("potential_init:percentil=99", ["percentil"]),
+        ("potential_init:percentile=high", ["percentile must be a number, got 'high'"]),
+        ("potential_init:percentile", ["METHOD:OPTION=VALUE", "'potential_init:percentile'"]),
+        ("potential_init:percentile=101", ["percentile must be in range"]),
+        ("potential_init:steps=3", ["steps is what is searched for"]),
+    ],
+)
+def test_search_refuses_a_candidate_in_one_line(text: str, parts: list[str], model: Path, run: Any) -> None:
+    failed(run("search", f"{model}:net", "--data", "digits", "--candidate", text, "--device", "cpu"), *parts)
 
 
 # A user's errors

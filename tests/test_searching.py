@@ -48,6 +48,17 @@ def test_the_front_holds_what_nothing_beats() -> None:
     assert front([trial(1, 80), trial(2, 80)]) == (trial(1, 80),)
 
 
+def test_what_took_more_than_twice_as_long_hides_nothing() -> None:
+    def made(accuracy: float, seconds: float) -> Trial:
+        return dataclasses.replace(trial(4, accuracy), seconds=seconds)
+
+    trained, calibrated = made(90, 100.0), made(80, 10.0)
+    assert set(front([trained, calibrated])) == {trained, calibrated}
+    assert front([made(90, 19.0), calibrated]) == (made(90, 19.0),)
+    # Time alone is no merit: it is never the same twice.
+    assert set(front([made(90, 1.0), made(90, 100.0)])) == {made(90, 1.0), made(90, 100.0)}
+
+
 CANDIDATES = ("potential_init", Candidate("threshold_balancing"), Candidate("threshold_balancing", {"initial": 0.0}))
 
 
@@ -77,6 +88,34 @@ def test_it_finds_what_trying_everything_finds(digits_source: nn.Module, calibra
     assert sum(one.steps for one in found.trials) < sum(range(1, most + 1)) * len(CANDIDATES) / 3
     assert found.best in found.front
     assert all(one.drop == pytest.approx(found.reference - one.accuracy) for one in found.trials)
+
+
+def test_a_conversion_that_does_not_depend_on_t_is_simulated_once(
+    digits_source: nn.Module, calibration: Tensor, digits: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, simulated = held_out(digits), list[tuple[int, ...]]()
+    real = searching.evaluate
+
+    def counted(snn: qs.SpikingNetwork, images: Any, reference: Any, steps: Any, **more: Any) -> Any:
+        simulated.append(tuple(steps))
+        return real(snn, images, reference, steps, **more)
+
+    monkeypatch.setattr(searching, "evaluate", counted)
+    fixed = {"ceiling": "percentile", "percentile": 99.9}
+    candidates = (Candidate("threshold_balancing", fixed), Candidate("threshold_balancing", {**fixed, "signed": True}))
+    found = search(digits_source, calibration, data, candidates[:1], max_drop=0.5, most_steps=16, device="cpu")
+    assert found.best is not None
+    between = {one.steps for one in found.trials} - {1, 2, 4, 8, 16}
+    assert between
+    assert {steps[-1] for steps in simulated} == {one.steps for one in found.trials} - between
+    for one in found.trials:
+        snn = qs.convert(digits_source, calibration, "threshold_balancing", steps=one.steps, **fixed)
+        assert qs.evaluate(snn, data, None, (one.steps,), device="cpu").accuracy[one.steps] == one.accuracy
+    # Neurons of another kind with the same thresholds are another network.
+    both = search(digits_source, calibration, data, candidates, max_drop=0.5, most_steps=16, device="cpu")
+    kinds = {one.accuracy for one in both.trials if one.steps == found.best.steps}
+    assert len([one for one in both.trials if one.steps == found.best.steps]) == 2
+    assert len(kinds) == 2
 
 
 def test_layers_that_wait_count_by_their_latency(digits_source: nn.Module, calibration: Tensor, digits: DataSet) -> None:

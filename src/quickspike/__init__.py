@@ -9,13 +9,13 @@ from quickspike.version import __version__
 
 if TYPE_CHECKING:
     from quickspike import methods
-    from quickspike.anatomy import anatomy_of
+    from quickspike.anatomy import Anatomy, SiteAnatomy, anatomy_of
     from quickspike.api import convert
     from quickspike.checkpoint import load
     from quickspike.conversion import SpikingNetwork
     from quickspike.coverage import Coverage
     from quickspike.early_exit import calibrate_exit
-    from quickspike.energy import energy_of
+    from quickspike.energy import Device, Energy, energy_of, register_device
     from quickspike.engines import accelerate
     from quickspike.errors import QuickspikeError
     from quickspike.evaluation import Report, evaluate
@@ -23,15 +23,17 @@ if TYPE_CHECKING:
     from quickspike.inputs import OneInput
     from quickspike.method import Method, register
     from quickspike.neuron import Surrogate
-    from quickspike.operations import count_operations
+    from quickspike.operations import Operations, count_operations
     from quickspike.pooling import replace_max_pool
     from quickspike.quantisation import quantise
-    from quickspike.searching import search
+    from quickspike.searching import Candidate, Found, Trial, search
     from quickspike.simulation import Run, simulate
 
 # Where each public name lives. They are fetched on first use, so that the command line can answer `--help` without
 # loading torch. No module may share its name with one of these, or importing it would hide the function.
 _HOMES = {
+    "Anatomy": "anatomy",
+    "SiteAnatomy": "anatomy",
     "anatomy_of": "anatomy",
     "convert": "api",
     "load": "checkpoint",
@@ -39,7 +41,10 @@ _HOMES = {
     "Coverage": "coverage",
     "accelerate": "engines",
     "calibrate_exit": "early_exit",
+    "Device": "energy",
+    "Energy": "energy",
     "energy_of": "energy",
+    "register_device": "energy",
     "QuickspikeError": "errors",
     "Report": "evaluation",
     "evaluate": "evaluation",
@@ -49,23 +54,35 @@ _HOMES = {
     "Method": "method",
     "register": "method",
     "Surrogate": "neuron",
+    "Operations": "operations",
     "count_operations": "operations",
     "replace_max_pool": "pooling",
     "quantise": "quantisation",
+    "Candidate": "searching",
+    "Found": "searching",
+    "Trial": "searching",
     "search": "searching",
     "Run": "simulation",
     "simulate": "simulation",
 }
 
 __all__ = [
+    "Anatomy",
+    "Candidate",
     "Coverage",
+    "Device",
+    "Energy",
+    "Found",
     "Method",
     "OneInput",
+    "Operations",
     "QuickspikeError",
     "Report",
     "Run",
+    "SiteAnatomy",
     "SpikingNetwork",
     "Surrogate",
+    "Trial",
     "__version__",
     "accelerate",
     "anatomy_of",
@@ -79,6 +96,7 @@ __all__ = [
     "methods",
     "quantise",
     "register",
+    "register_device",
     "replace_max_pool",
     "search",
     "simulate",

@@ -108,7 +108,8 @@ CLAIMS: dict[str, Claim] = {
             "arXiv 2008.03658, abstract",
             "E_MAC / (E_MAC f1 + (1 - f1) E_AC R), 4.6 and 0.9 pJ (fp32), R spikes per neuron weighted by neurons",
             _by_neurons,
-            "early layers have many neurons with few connections each: R says little about the accumulates",
+            "early layers have many neurons with few connections each: R says little about the accumulates; spike rates are published "
+            "layer by layer, and the ratios come out of them",
         ),
         Claim(
             "ultra_low_latency",
@@ -117,16 +118,18 @@ CLAIMS: dict[str, Claim] = {
             "arXiv 2112.12133, abstract",
             "E_MAC / (E_MAC f1 + (1 - f1) E_AC zeta), 3.2 and 0.1 pJ (int32), zeta spikes weighted by connections",
             _by_connections,
-            "takes zeta = 0.034 with the first layer counted once, 0.202 without it; no zeta gives it with the first layer at both steps",
+            "takes zeta = 0.034 with the first layer counted once, 0.202 without it; no zeta gives it with the first layer at both steps; "
+            "we know of no published spike rates of it",
         ),
         Claim(
             "rate_norm",
             0.265,
             "against thresholds at the largest activation, both until 90 %",
             "arXiv 2105.11654, as others cite it",
-            "spikes of the network / spikes of the one it is held against, until the same accuracy",
+            "S / S', all spikes of the network over all of the one it is held against, each counted until 90 % accuracy",
             None,
-            "a spike costs the same whether it drives nine neurons or thousands; see relative_spikes",
+            "a spike costs the same whether it drives nine neurons or thousands; we know of no published spike "
+            "counts behind 0.265: the formula is at hand (relative_spikes, which takes a second network), the figure cannot be checked",
         ),
     )
 }

@@ -34,6 +34,7 @@ from quickspike.console import Tracked, dump, print_json, show, track
 from quickspike.version import __version__
 
 if TYPE_CHECKING:
+    from quickspike.conversion import SpikingNetwork
     from quickspike.method import Method
 
 DEFAULT_METHOD = "threshold_balancing"
@@ -166,6 +167,7 @@ def _convert(model: str, data: DataOptions, settings: ConvertOptions, choices: S
     from quickspike.files import check_writable
     from quickspike.method import create, get
     from quickspike.models import load_model
+    from quickspike.provenance import digest
 
     chosen = create(settings.method, **options, sites=choices.sites(get(settings.method)))
     check_writable(settings.out)
@@ -181,6 +183,9 @@ def _convert(model: str, data: DataOptions, settings: ConvertOptions, choices: S
     snn = finish(ann, stream, chosen)
     preprocessing = dataclasses.asdict(data_set.preprocessing)
     snn.provenance.update(model=Path(model).name, data=Path(data.data).name, preprocessing=preprocessing)
+    # With the digest a page can tell whether this command alone makes the network.
+    tensors = (value for _, value in sorted(snn.state_dict().items()))
+    snn.provenance["made"] = {"by": f"quickspike {shlex.join(without_paths(sys.argv[1:]))}", "digest": digest(tensors)}
     snn.save(settings.out)
     if settings.json:
         print_json({"out": str(settings.out), "coverage": ann.coverage.to_json(), "method": snn.method, "provenance": snn.provenance})
@@ -214,6 +219,13 @@ def evaluate(
         ),
     ] = None,
     bits: Annotated[int, Help(metavar="N", help="weights of --engine integer or count [unit: bits; range: 2 to 8]")] = 8,
+    engine_precision: Annotated[
+        Literal["fp32", "bf16"], Help(metavar="NAME", help="of the layers that read spikes, with --engine fused: fp32 or bf16")
+    ] = "fp32",
+    memory: Annotated[
+        str | None,
+        Help(metavar="AMOUNT", help="what a simulation may take, for example 2GiB: it takes the images in parts [default: no bound]"),
+    ] = None,
     exit: Annotated[
         tuple[float, ...],
         Help(
@@ -230,6 +242,14 @@ def evaluate(
             "45nm_int8, loihi, truenorth",
         ),
     ] = (),
+    first_layer: Annotated[
+        Literal["once", "every-step"],
+        Help(
+            metavar="HOW-OFTEN",
+            help="how often --energy counts layers that read the image: once, since their input stays the same, or every-step, as hardware "
+            "that keeps no currents does it",
+        ),
+    ] = "once",
     anatomy: Annotated[
         bool, Help(help="also split the error of every layer into its sources, on the first 200 test images, and say what helps")
     ] = False,
@@ -244,10 +264,12 @@ def evaluate(
     from quickspike.claims import filled_in
     from quickspike.early_exit import Saving, check_exit, check_loss, savings
     from quickspike.energy import ACCOUNTS, Energy, device_named, energy_of
+    from quickspike.engines import accelerate
     from quickspike.errors import OptionError
     from quickspike.evaluation import evaluate as measure
     from quickspike.evaluation import make_fabric
     from quickspike.files import check_writable, write_text
+    from quickspike.memory import in_bytes
     from quickspike.models import load_model
     from quickspike.operations import count_operations
     from quickspike.page import Entry, first_sample, write_page
@@ -261,6 +283,10 @@ def evaluate(
         check_loss(loss)
     for device_name in energy:
         device_named(device_name)
+    if exit and engine == "count":
+        raise OptionError("--exit needs an answer after every step, and --engine count has one after the last only; take fused or integer")
+    if memory is not None:
+        in_bytes(memory)
     snn = load(network)
     if exit:
         check_exit(snn)
@@ -273,7 +299,8 @@ def evaluate(
     loader: Any = data_set.loader("test", limit=images)
     if fabric.is_global_zero:
         loader = Tracked(loader, "evaluating")
-    report = measure(snn, loader, source, steps, precision=precision, fabric=fabric, engine=engine, bits=bits)
+    chosen: Any = {"bits": bits, "engine_precision": engine_precision}
+    report = measure(snn, loader, source, steps, precision=precision, fabric=fabric, engine=engine, memory=memory, **chosen)
     if not fabric.is_global_zero:
         return
     saved: tuple[Saving, ...] = ()
@@ -282,15 +309,18 @@ def evaluate(
     if exit:
         held_out = data_set.loader("train", limit=min(2000, data_set.size("train")), last=True)
         test = data_set.loader("test", limit=images)
-        saved = savings(longest, Tracked(held_out, "setting margins"), Tracked(test, "stopping early"), exit)
-    found = report.to_json() | ({"early_exit": [dataclasses.asdict(row) for row in saved]} if exit else {})
+        # What stops early is what was measured: the same engine, memory and precision.
+        stopping = longest if engine is None else accelerate(longest, engine, engine_precision, bits)
+        stopping.memory = memory
+        with make_fabric(device, precision).autocast():
+            saved = savings(stopping, Tracked(held_out, "setting margins"), Tracked(test, "stopping early"), exit)
     some = data_set.loader("test", limit=min(COUNTED, images or COUNTED, data_set.size("test")))
     if anatomy:
-        errors = anatomy_of(longest, Tracked(some, "splitting the error"))
-        found |= {"anatomy": errors.to_json()}
+        report = dataclasses.replace(report, anatomy=anatomy_of(longest, Tracked(some, "splitting the error")))
+    found = report.to_json() | ({"early_exit": [dataclasses.asdict(row) for row in saved]} if exit else {})
     priced: tuple[Energy, ...] = ()
     if energy:
-        operations = count_operations(longest, Tracked(some, "counting operations"))
+        operations = count_operations(longest, Tracked(some, "counting operations"), "once" if first_layer == "once" else "every step")
         priced = tuple(energy_of(operations, name, account) for name in energy for account in ACCOUNTS)
         found |= {
             "operations": operations.to_json(),
@@ -303,18 +333,32 @@ def evaluate(
         plot_accuracy({str(snn.method.get("name")): report}, plot, saved)
     if page is not None:
         sample = first_sample(longest, data_set)
-        entry = Entry(str(snn.method.get("name")), report, longest, errors, operations, priced, sample)
-        write_page(page, f"{Path(network).name} on {data_set.name}", [entry], f"quickspike {shlex.join(without_paths(sys.argv[1:]))}")
+        entry = Entry(str(snn.method.get("name")), report, longest, report.anatomy, operations, priced, sample)
+        commands = [_made_by(snn, network.name), f"quickspike {shlex.join(without_paths(sys.argv[1:]))}"]
+        write_page(page, f"{Path(network).name} on {data_set.name}", [entry], "\n".join(commands))
     if json:
         print_json(found)
     else:
         show(report_tables(report))
         if saved:
             show(exit_table(saved, report))
-        if anatomy:
-            show(anatomy_tables(errors))
+        if report.anatomy is not None:
+            show(anatomy_tables(report.anatomy))
         if energy:
             show(energy_tables(operations, priced))
+
+
+def _made_by(snn: SpikingNetwork, name: str) -> str:
+    """The command that converted a network, or why there is none to repeat."""
+    from quickspike.provenance import digest
+
+    made = snn.provenance.get("made")
+    if not isinstance(made, dict) or "by" not in made:
+        return f"# {name} was made in Python, or by a command that trains; its method and settings are below"
+    command = str(made["by"])
+    if made.get("digest") != digest(value for _, value in sorted(snn.state_dict().items())):
+        return f"{command}\n# ... and {name} was changed afterwards, for example by quickspike tune"
+    return command
 
 
 COUNTED = 200
@@ -365,8 +409,12 @@ def _dispatch(arguments: list[str]) -> None:
         from quickspike.method import get
 
         commands["convert"] = _convert_command(get(DEFAULT_METHOD if (chosen := _chosen_method(arguments)) is None else chosen))
-    if arguments[:1] in (["train"], ["tune"], ["run"], ["compare"], ["search"]):
+    if arguments[:1] in (["train"], ["tune"], ["run"]):
         commands[arguments[0]] = _training_command(arguments)
+    if arguments[:1] in (["compare"], ["search"]):
+        from quickspike import cli_searching
+
+        commands[arguments[0]] = getattr(cli_searching, arguments[0])
     tyro.extras.subcommand_cli_from_dict(
         commands,
         prog="quickspike",

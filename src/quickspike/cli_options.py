@@ -12,6 +12,7 @@ import tyro
 if TYPE_CHECKING:
     from quickspike.data import DataSet
     from quickspike.method import Method
+    from quickspike.searching import Candidate
 
 Help = tyro.conf.arg
 ModelName = Annotated[
@@ -153,6 +154,30 @@ class SiteChoices(Choices):
                 raise OptionError(f"--at takes PATTERN:OPTION=VALUE, got {text!r}")
             found.setdefault(match[1], {})[match[2]] = parsed(method, match[2], match[3])
         return found
+
+
+def candidate_of(text: str) -> Candidate:
+    """A candidate of a search from METHOD or METHOD:OPTION=VALUE,OPTION=VALUE.
+
+    Raises:
+        UnknownNameError: no such method.
+        OptionError: it is written otherwise, the method has no such option, or its value is of another kind.
+    """
+    from quickspike.errors import OptionError
+    from quickspike.method import get
+    from quickspike.options import parsed
+    from quickspike.searching import Candidate
+
+    name, colon, rest = text.partition(":")
+    method, options = get(name), dict[str, Any]()
+    for part in rest.split(",") if colon else ():
+        match = re.fullmatch(r"(\w+)=(.*)", part.strip())
+        if match is None:
+            raise OptionError(f"--candidate takes METHOD:OPTION=VALUE,OPTION=VALUE, got {text!r}")
+        if match[1] == "steps":
+            raise OptionError(f"--candidate {text}: steps is what is searched for; bound it with --most-steps")
+        options[match[1]] = parsed(method, match[1], match[2])
+    return Candidate(name, options)
 
 
 SiteArguments = Annotated[SiteChoices, tyro.conf.OmitArgPrefixes]

@@ -68,6 +68,15 @@ class Report:
         """`anatomy` by site; empty unless it was asked for."""
         return {} if self.anatomy is None else {one.site: one for one in self.anatomy.sites}
 
+    @property
+    def engine(self) -> str:
+        """Which engine ran and why, in a line."""
+        ran = self.settings.get("engine")
+        if not ran:
+            return "engine: none asked for; the network as it is"
+        kept = f"; in floating point: {', '.join(ran['in floating point'])}" if ran["in floating point"] else ""
+        return f"engine: {ran['name']}, {ran['precision']} ({ran['why']}){kept}"
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; keys that are numbers of steps become strings."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quickspike.anatomy import PARTS, Anatomy, anatomy_of
-from quickspike.claims import claim_of, filled_in
+from quickspike.claims import CLAIMS, filled_in
 from quickspike.conversion import SpikingNetwork
 from quickspike.data import DataSet
 from quickspike.energy import ACCOUNTS, Energy, energy_of
@@ -26,12 +26,15 @@ from quickspike.evaluation import Report
 from quickspike.files import write_text
 from quickspike.neuron import Neuron, unfold
 from quickspike.operations import Operations, count_operations
+from quickspike.searching import Trial, front
 from quickspike.structure import first
 from quickspike.wiring import INPUT, OUTPUT, edges_of
 
 INK = "#010203"
 """Stands for the colour of the text while a picture is drawn: the page decides which that is."""
 COLOURS = ("#3b76af", "#e0812c", "#519e3e", "#c23b36", "#8d69b8", "#84584e", "#d57dbe", "#7f7f7f", "#bcbd39", "#55b9cb")
+COUNTED = 100
+"""Test images on which operations are counted and errors split."""
 NEURONS = 60
 """Neurons of a site that a raster shows, evenly spread."""
 
@@ -100,7 +103,7 @@ def first_sample(snn: SpikingNetwork, data: DataSet) -> Sample:
     return sample_of(snn, images[0], images[0] * std + mean, int(labels[0]), data.class_names)
 
 
-def described(name: str, report: Report, snn: SpikingNetwork, data: DataSet, images: int = 100) -> Entry:
+def described(name: str, report: Report, snn: SpikingNetwork, data: DataSet, images: int = COUNTED) -> Entry:
     """All that the page can say of a network, on the first test images."""
     some = data.loader("test", limit=min(images, data.size("test")))
     operations = count_operations(snn, some)
@@ -108,22 +111,27 @@ def described(name: str, report: Report, snn: SpikingNetwork, data: DataSet, ima
     return Entry(name, report, snn, anatomy_of(snn, some), operations, energies, first_sample(snn, data))
 
 
-def write_page(path: str | Path, title: str, entries: Sequence[Entry], command: str = "") -> None:
+def write_page(
+    path: str | Path, title: str, entries: Sequence[Entry], command: str = "", trials: Sequence[Trial] = (), lead: str = ""
+) -> None:
     """Write the page.
 
     Args:
         path: the file.
         title: its heading.
-        entries: at least one network; all with a reference accuracy or none.
-        command: what made it, to be made again.
+        entries: networks; all with a reference accuracy or none.
+        command: what made it, to be made again; several in lines of their own.
+        trials: conversions whose accuracy, latency and energy are drawn against each other, see `quickspike.searching.front`.
+        lead: the sentence below the heading; by default what the best network answers.
 
     Raises:
-        DataError: there are no entries.
+        DataError: there are neither entries nor trials.
         OutputError: it cannot be written.
     """
-    if not entries:
+    if not entries and not trials:
         raise DataError("a page needs at least one network")
-    body = [f"<h1>{_text(title)}</h1>", f"<p class=lead>{_text(_lead(entries))}</p>", _accuracy(entries)]
+    lead = lead or (_lead(entries) if entries else "")
+    body = [f"<h1>{_text(title)}</h1>", f"<p class=lead>{_text(lead)}</p>", _accuracy(entries) if entries else "", _front(trials)]
     for number, entry in enumerate(entries):
         if len(entries) > 1:
             body.append(f"<h2 class=network>{_text(entry.name)}</h2>")
@@ -132,8 +140,12 @@ def write_page(path: str | Path, title: str, entries: Sequence[Entry], command: 
     write_text(Path(path), _PAGE.format(title=_text(title), style=_STYLE, body="\n".join(body)))
 
 
+class _Markup(str):
+    """Text that is HTML already."""
+
+
 def _text(value: object) -> str:
-    return html.escape(str(value))
+    return value if isinstance(value, _Markup) else html.escape(str(value))
 
 
 def _lead(entries: Sequence[Entry]) -> str:
@@ -207,6 +219,63 @@ def _accuracy(entries: Sequence[Entry]) -> str:
     return _section("Accuracy", picture, _table(["accuracy in %", *(f"T = {step}" for step in steps)], rows))
 
 
+def _front(trials: Sequence[Trial]) -> str:
+    """Every trial as a dot, and what the best ones reach with as much time or energy."""
+    if not trials:
+        return ""
+    names = list(dict.fromkeys(trial.candidate for trial in trials))
+    colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
+    reference = trials[0].accuracy + trials[0].drop
+
+    def draw(axes: Any, value: Callable[[Trial], float], label: str) -> None:
+        for trial in trials:
+            axes.plot(value(trial), trial.accuracy, marker="o", markersize=5, color=colours[trial.candidate], linestyle="none")
+        reached = list[tuple[float, float]]()
+        for trial in sorted(trials, key=lambda one: (value(one), -one.accuracy)):
+            if not reached or trial.accuracy > reached[-1][1]:
+                reached.append((value(trial), trial.accuracy))
+        reached.append((max(map(value, trials)), reached[-1][1]))
+        axes.step(*zip(*reached, strict=True), where="post", color=INK, linewidth=0.8)
+        axes.axhline(reference, linestyle="--", color=INK, linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel(label)
+        axes.set_ylabel("accuracy in %")
+        axes.grid(alpha=0.25)
+
+    def by_latency(axes: Any) -> None:
+        draw(axes, lambda trial: trial.latency, "latency in time steps")
+        steps = sorted({2 ** round(math.log2(trial.latency)) for trial in trials})
+        axes.set_xticks(steps, [str(step) for step in steps])
+        axes.minorticks_off()
+
+    pictures = [_drawing(4.4, 3.2, by_latency, "front-latency", "accuracy against latency")]
+    priced = all(trial.energy for trial in trials)
+    if priced:
+
+        def by_energy(axes: Any) -> None:
+            draw(axes, lambda trial: (trial.energy or 0.0) / 1e3, "energy of an image in nJ")
+            axes.xaxis.set_major_formatter("{x:,.4g}")
+
+        pictures.append(_drawing(4.4, 3.2, by_energy, "front-energy", "accuracy against energy"))
+    key = "".join(f'<span class=key><i style="background:{colours[name]}"></i>{_text(name)}</span>' for name in names)
+    rows = [
+        [
+            *(trial.candidate, trial.steps, trial.latency, f"{trial.accuracy:.2f}", f"{trial.drop:+.2f}"),
+            *((f"{(trial.energy or 0.0) / 1e3:,.1f}",) if priced else ()),
+            f"{trial.seconds:.1f}",
+        ]
+        for trial in front(trials)
+    ]
+    headings = ["Pareto front", "T", "latency", "accuracy in %", "lost", *(("nJ",) if priced else ()), "seconds"]
+    note = (
+        f"<p class=note>{len(trials)} conversions on the same images, each a dot; the line is the best accuracy up to there, dashed is the "
+        "source network. The table holds those that no other one beats in latency, accuracy"
+        + (", energy and time" if priced else " and time")
+        + ": seconds is what making and measuring it took, and counts where it is more than twice as long.</p>"
+    )
+    return _section("What accuracy takes", f"<div class=row>{''.join(pictures)}</div><p class=note>{key}</p>", _table(headings, rows), note)
+
+
 def _errors(entry: Entry, key: str) -> str:
     found = entry.anatomy
     if found is None:
@@ -231,15 +300,26 @@ def _errors(entry: Entry, key: str) -> str:
         axes.set_xlabel("error, relative to the activations")
         axes.legend(frameon=False, ncols=len(parts), loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
-    advice = sorted((one for one in found.sites if one.advice), key=lambda one: -one.own)[:3]
-    items = "".join(f"<li>{_text(one.advice)}</li>" for one in advice)
+    items = "".join(f"<li>{_text(one.advice)}</li>" for one in found.bad)
     picture = _drawing(7, 0.9 + 0.28 * len(found.sites), draw, f"{key}-errors", "conversion error of every site by source")
     note = (
         f"<p class=note>After T = {found.steps}, mean of {found.images} images. Bars add up to the error of a site; a part to the left "
         "cancels others. <b>Inherited</b> comes from the layers before, <b>clipping</b> is what lies above the ceiling, "
-        "<b>quantisation</b> is T + 1 levels, <b>unevenness</b> the order of spikes.</p>"
+        "<b>quantisation</b> is T + 1 levels, <b>unevenness</b> the order of spikes, <b>max-pooling</b> that the largest of values which "
+        "err in both directions is too large.</p>"
     )
-    return _section("Where the error comes from", picture, note, f"<ul>{items}</ul>" if items else "<p>No site needs attention.</p>")
+    advice = f"<ul>{items}</ul>" if items else "<p>No site needs attention.</p>"
+    return _section("Where the error comes from", picture, note, advice, _joins(found))
+
+
+def _joins(found: Anatomy) -> str:
+    """What residual joins pass on."""
+    rows = [(one.site, name, f"{100 * share:.0f} %") for one in found.sites for name, share in one.branches.items()]
+    note = (
+        "<p class=note>A residual join adds up, which has no error of its own: it passes on those of its branches, as part of what the "
+        "site behind it inherits. Shares of the error of the sum; one below 0 cancels others.</p>"
+    )
+    return "" if not rows else _table(["site behind a join", "branch", "share of the error"], rows) + note
 
 
 def _network(entry: Entry, key: str) -> str:
@@ -250,11 +330,11 @@ def _network(entry: Entry, key: str) -> str:
     shapes = {site.name: "x".join(map(str, site.shape)) for site in entry.snn.sites}
     rows = {name: -number for number, name in enumerate((INPUT, *shapes, OUTPUT))}
     most = max(rates.values(), default=0.0) or 1.0
+    bows = {edge: -0.5 * skipped**0.6 if (skipped := rows[edge.start] - rows[edge.end] - 1) else 0.0 for edge in edges}
 
     def draw(axes: Any) -> None:
-        for edge in edges:
+        for edge, bow in bows.items():
             top, bottom = rows[edge.start], rows[edge.end]
-            skipped = top - bottom - 1
             # The image is no spike: it has no rate.
             rate = rates.get(edge.start)
             style = {"color": INK, "linewidth": 0.8, "linestyle": ":"}
@@ -262,39 +342,58 @@ def _network(entry: Entry, key: str) -> str:
                 style = {"color": COLOURS[0], "linewidth": 0.5 + 5 * rate / most, "linestyle": "-"}
             style |= {"alpha": 0.75, "solid_capstyle": "butt"}
             height = [top + (bottom - top) * step / 40 for step in range(41)]
-            bow = [-0.5 * skipped**0.6 * math.sin(math.pi * step / 40) if skipped else 0.0 for step in range(41)]
-            axes.plot(bow, height, zorder=1, **style)
-            if not skipped:
-                said = ("real values" if rate is None else f"{rate:.3f} spikes a step") + (
-                    f" through {', '.join(edge.layers)}" if edge.layers else ""
-                )
-                axes.text(0.25, (top + bottom) / 2, said, va="center", fontsize=7, color=INK, alpha=0.8)
+            axes.plot([bow * math.sin(math.pi * step / 40) for step in range(41)], height, zorder=1, **style)
+            middle, small = (top + bottom) / 2, {"va": "center", "fontsize": 7, "color": INK, "alpha": 0.8}
+            if bow:
+                axes.text(bow - 0.12, middle, "real values" if rate is None else f"{rate:.3f}", ha="right", **small)
+            else:
+                said = "real values" if rate is None else f"{rate:.3f} spikes a step"
+                axes.text(0.25, middle, said + (f" through {', '.join(edge.layers)}" if edge.layers else ""), **small)
         for name, row in rows.items():
             site = name in shapes
             axes.plot(0, row, marker="o" if site else "s", color=COLOURS[0] if site else INK, markersize=6, zorder=2)
             axes.text(0.25, row, f"{name}  {shapes[name]}" if site else name, va="center", fontweight="bold")
-        axes.set_xlim(-2, 8)
+        axes.set_xlim(min(bows.values(), default=0.0) - 1.5, 8)
         axes.set_ylim(min(rows.values()) - 0.5, 0.5)
         axes.axis("off")
 
     picture = _drawing(7, 0.4 + 0.45 * len(rows), draw, f"{key}-network", "the network, its connections as wide as their rate of spikes")
-    note = f"<p class=note>Every dot is a layer of neurons. Lines are as wide as the spikes of a neuron in a step (at most {most:.3f}).</p>"
+    note = (
+        f"<p class=note>Every dot is a layer of neurons. Lines are as wide as the spikes of a neuron in a step (at most {most:.3f}), which "
+        "stand beside them; those of residual connections to the left.</p>"
+    )
     return _section("Network", picture, note)
 
 
 def _neurons(entry: Entry, key: str) -> str:
     report, shares = entry.report, {one.site: one for one in entry.anatomy.sites} if entry.anatomy else {}
-    rows = []
+    rows = list[list[str]]()
     for site, rate in report.rates.items():
         row = [site, f"{rate:.4f}"]
         if shares:
-            row += [f"{shares[site].silent:.3f}", f"{shares[site].saturated:.3f}"]
+            one = shares[site]
+            row += [_bars(one.rates), f"{one.silent:.3f}", f"{one.saturated:.3f}", "-" if one.outside is None else f"{one.outside:.3f}"]
         if entry.snn is not None:
             row += _parameters(entry.snn.neuron(site))
         rows.append(row)
-    headings = ["site", "spikes a step", *(("silent", "saturated") if shares else ())]
+    headings = ["site", "spikes a step", *(("rates 0 to 1", "silent", "saturated", "outside") if shares else ())]
     headings += ["threshold", "v(0)", "leak"] if entry.snn is not None else []
-    return _section("Neurons", _table(headings, rows))
+    note = (
+        "<p class=note>Rates: how the neurons divide among rates from 0 to 1, heights drawn as roots, so that rare ones show. Silent, "
+        "saturated: shares that fired never, or at every step. Outside: share whose potential ended below 0 or above the threshold, so "
+        "that they fired too often or too seldom for what arrived, though they could have done otherwise.</p>"
+    )
+    return _section("Neurons", _table(headings, rows), note if shares else "")
+
+
+def _bars(shares: Sequence[float]) -> _Markup:
+    """A small histogram."""
+    bars = "".join(
+        f'<rect x="{6 * place}" y="{16 - height:.1f}" width="5" height="{height:.1f}"/>'
+        for place, height in enumerate(max(16 * math.sqrt(share), 0.5) for share in shares)
+    )
+    said = ", ".join(f"{share:.2f}" for share in shares)
+    return _Markup(f'<svg class=bars viewBox="0 0 {6 * len(shares)} 16" role=img aria-label="shares by rate: {said}">{bars}</svg>')
 
 
 def _parameters(neuron: Neuron) -> list[str]:
@@ -319,7 +418,7 @@ def _cost(entry: Entry, key: str) -> str:
     rows.append(("all", *(f"{operations.total(field):,.0f}" for field in ("dense", "multiplies", "accumulates"))))
     parts = [
         f"<p class=note>Operations per image at T = {operations.steps}, mean of {operations.images} images, counted connection by "
-        "connection.</p>",
+        f"connection; layers that read the image work {'once' if operations.first == 'once' else 'at every step'}.</p>",
         _table(["layer", "source MACs", "MACs", "accumulates"], rows),
     ]
     if entry.energies:
@@ -332,11 +431,17 @@ def _cost(entry: Entry, key: str) -> str:
             _energy_picture(entry.energies, key),
             _table(["device", "account", "source nJ", "spiking nJ", "source / spiking"], priced),
         ]
+        here = filled_in(operations)
         papers = [
-            (claim_of(method).source, claim_of(method).formula, f"{claim_of(method).published:g}", f"{ratio:.2f}")
-            for method, ratio in filled_in(operations).items()
+            (claim.source, claim.formula, f"{claim.published:g}", f"{here[method]:.2f}" if method in here else "-")
+            for method, claim in CLAIMS.items()
         ]
-        parts += [f"<ul class=note>{items}</ul>", _table(["as papers count it", "formula", "published", "here"], papers)]
+        claims = "".join(f"<li>{_text(claim.source.partition(',')[0])}: {_text(claim.caveat)}</li>" for claim in CLAIMS.values())
+        parts += [
+            f"<ul class=note>{items}</ul>",
+            _table(["as papers count it", "formula", "published", "here"], papers),
+            f"<ul class=note>{claims}</ul>",
+        ]
     return _section("What it costs", *parts)
 
 
@@ -417,9 +522,10 @@ def _png(image: Tensor) -> str:
 def _provenance(entries: Sequence[Entry], command: str) -> str:
     parts = [f"<p>Made by</p><pre>{_text(command)}</pre>"] if command else []
     for entry in entries:
+        parts.append(f"<p class=note>{_text(entry.name)}: {_text(entry.report.engine)}</p>")
         data = {"method": entry.report.method, "provenance": entry.report.provenance, "settings": entry.report.settings}
         heading, listing = _text(f"{entry.name}: settings and versions"), _text(json.dumps(data, indent=2))
-        parts.append(f"<details><summary>{heading}</summary><pre>{listing}</pre></details>")
+        parts.append(f"<details open><summary>{heading}</summary><pre>{listing}</pre></details>")
     return _section("To make it again", *parts)
 
 
@@ -433,6 +539,9 @@ h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .25rem; } h2 { font-size:
 h2.network { font-size: 1.4rem; border-top: 2px solid var(--line); padding-top: 1.5rem; }
 .lead { font-size: 1.1rem; margin: 0; } .note { color: var(--soft); font-size: .9rem; }
 figure { margin: 0; } svg { display: block; width: 100%; height: auto; }
+svg.bars { display: inline-block; width: auto; height: 1rem; fill: currentColor; vertical-align: middle; }
+.key { display: inline-block; margin-right: 1rem; } .key i { display: inline-block; width: .7rem; height: .7rem; border-radius: 50%;
+  margin-right: .35rem; }
 .row { display: flex; gap: 1.5rem; align-items: center; flex-wrap: wrap; } .row img { width: 10rem; image-rendering: pixelated; }
 .row figure { flex: 1 1 18rem; max-width: 28rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; width: 100%; }
@@ -440,7 +549,12 @@ th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(-
 th:first-child, td:first-child { text-align: left; } thead th { color: var(--soft); font-weight: 600; }
 tbody tr:nth-child(even) { background: var(--band); }
 pre { background: var(--band); padding: .75rem; overflow-x: auto; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-@media print { body { max-width: none; padding: 0; font-size: 11pt; } section { break-inside: avoid; } details { display: none; } }
+@media print {
+  :root { color-scheme: light; --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --band: #f4f6f8; }
+  body { max-width: none; padding: 0; font-size: 10pt; } figure, tr { break-inside: avoid; } h2 { break-after: avoid; }
+  .scroll { overflow: visible; } th, td { white-space: normal; padding: .2rem .4rem; }
+  details::details-content { content-visibility: visible; display: block; } * { print-color-adjust: exact; }
+}
 """
 
 _PAGE = """<!doctype html>

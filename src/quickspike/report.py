@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quickspike.anatomy import PARTS, Anatomy
-from quickspike.claims import claim_of, filled_in
+from quickspike.claims import CLAIMS, filled_in
 from quickspike.coverage import Coverage
 from quickspike.early_exit import Saving
 from quickspike.energy import Energy
@@ -39,8 +39,9 @@ def accuracy_table(reports: Mapping[str, Report]) -> Table:
 
 
 def report_tables(report: Report) -> RenderableType:
-    """Accuracy, distance from the source network, and firing rate of every site."""
+    """Accuracy, which engine ran, distance from the source network, and firing rate of every site."""
     parts: list[RenderableType] = [accuracy_table({str(report.method.get("name")): report})] if report.accuracy else []
+    parts.append(Text(report.engine))
     if report.agreement:
         shares = ", ".join(f"T = {step}: {share:.2f} %" for step, share in report.agreement.items())
         parts.append(Text(f"same class as the source network: {shares}"))
@@ -67,6 +68,8 @@ def exit_table(savings: Sequence[Saving], report: Report) -> Table:
     return table
 
 
+ADVISED = 10
+"""Layers that the terminal advises on, the worst first."""
 _SHORT = {"max-pooling": "pool", "clipping": "clip", "quantisation": "quant.", "unevenness": "uneven"}
 _BARS = " ▁▂▃▄▅▆▇█"
 
@@ -91,13 +94,28 @@ def anatomy_tables(anatomy: Anatomy) -> RenderableType:
         bars = "".join(_BARS[math.ceil(8 * math.sqrt(share))] for share in one.rates)
         neurons.add_row(one.site, f"{one.silent:.3f}", f"{one.saturated:.3f}", outside, bars)
     neurons.caption = "uneven: fired too often or too seldom for what arrived, though they could have done otherwise"
-    worst = sorted((one for one in anatomy.sites if one.advice), key=lambda one: -one.own)[:3]
-    return Group(errors, neurons, *(Text(f"- {one.advice}") for one in worst))
+    joins = [_joins_table(anatomy)] if any(one.branches for one in anatomy.sites) else []
+    advice = [Text(f"- {one.advice}") for one in anatomy.bad[:ADVISED]]
+    if (more := len(anatomy.bad) - ADVISED) > 0:
+        advice.append(Text(f"- and {more} more that add less: all of them with --page FILE or --json"))
+    return Group(errors, *joins, neurons, *advice)
+
+
+def _joins_table(anatomy: Anatomy) -> Table:
+    table = Table(title="residual joins: through which branch the error of the sum comes")
+    table.add_column("site behind it", overflow="fold")
+    table.add_column("shares of the error", overflow="fold")
+    for one in anatomy.sites:
+        if one.branches:
+            table.add_row(one.site, ", ".join(f"{name} {100 * share:.0f} %" for name, share in one.branches.items()))
+    table.caption = "a join adds up, which has no error of its own: this is part of what its site inherits"
+    return table
 
 
 def energy_tables(operations: Operations, energies: Sequence[Energy]) -> RenderableType:
     """Operations of every layer, then what they cost on every device, and what these figures leave out."""
-    counts = Table(title=f"operations per image, T = {operations.steps} (mean of {operations.images} images)")
+    often = "once" if operations.first == "once" else "at every step"
+    counts = Table(title=f"operations per image, T = {operations.steps}, image read {often} (mean of {operations.images} images)")
     counts.add_column("", overflow="fold")
     for heading in ("source MACs", "MACs", "accumulates", "share"):
         counts.add_column(heading, justify="right")
@@ -114,7 +132,10 @@ def energy_tables(operations: Operations, energies: Sequence[Energy]) -> Rendera
     for one in energies:
         costs.add_row(one.device, one.account, f"{one.source / 1e3:,.1f}", f"{one.spiking / 1e3:,.1f}", f"{one.ratio:.2f}")
     caveats = dict.fromkeys(caveat for one in energies for caveat in one.caveats)
-    return Group(counts, costs, _claims_table(operations), *(Text(f"- {caveat}") for caveat in caveats))
+    claims = (f"{claim.source.partition(',')[0]}: {claim.caveat}" for claim in CLAIMS.values())
+    return Group(
+        counts, costs, *(Text(f"- {caveat}") for caveat in caveats), _claims_table(operations), *(Text(f"- {one}") for one in claims)
+    )
 
 
 def _claims_table(operations: Operations) -> Table:
@@ -122,9 +143,10 @@ def _claims_table(operations: Operations) -> Table:
     table = Table(title="source / spiking as papers count it")
     for heading in ("paper", "formula", "published", "here"):
         table.add_column(heading, justify="right" if heading in ("published", "here") else "left", overflow="fold")
-    for method, ratio in filled_in(operations).items():
-        claim = claim_of(method)
-        table.add_row(claim.source, claim.formula, f"{claim.published:g} ({claim.network})", f"{ratio:.2f}")
+    here = filled_in(operations)
+    for method, claim in CLAIMS.items():
+        ratio = f"{here[method]:.2f}" if method in here else "-"
+        table.add_row(claim.source, claim.formula, f"{claim.published:g} ({claim.network})", ratio)
     return table
 
 
@@ -219,15 +241,21 @@ def compare_table(reports: Mapping[str, Mapping[int, Report]]) -> Table:
 
 def search_tables(found: Found, report: Report | None) -> RenderableType:
     """The trials that nothing beats, and the one that was looked for."""
-    table = Table(title=f"best trials; source network {found.reference:.2f} % on the same images")
+    table = Table(title=f"Pareto front; source network {found.reference:.2f} % on the same images")
     table.add_column("method", overflow="fold")
     priced = any(trial.energy is not None for trial in found.front)
-    for heading in ("T", "latency", "accuracy %", "lost", *(("nJ",) if priced else ())):
+    for heading in ("T", "latency", "accuracy %", "lost", "s", *(("nJ",) if priced else ())):
         table.add_column(heading, justify="right")
     for trial in found.front:
         energy = (f"{trial.energy / 1e3:,.1f}",) if trial.energy is not None else ()
-        cells = (str(trial.steps), str(trial.latency), f"{trial.accuracy:.2f}", f"{trial.drop:+.2f}", *energy)
+        cells = (str(trial.steps), str(trial.latency), f"{trial.accuracy:.2f}", f"{trial.drop:+.2f}", f"{trial.seconds:.0f}", *energy)
         table.add_row(trial.candidate, *cells, style="bold" if trial == found.best else "")
+    table.caption = "s: what making and measuring it took"
+    return Group(table, Text(search_outcome(found, report)))
+
+
+def search_outcome(found: Found, report: Report | None) -> str:
+    """What a search came to, in a sentence: the best trial on the test images, or what to do where there is none."""
     if found.best is None or report is None:
         bound = "" if found.max_energy is None else f" within {found.max_energy / 1e3:,.1f} nJ"
         way_out = (
@@ -235,11 +263,11 @@ def search_tables(found: Found, report: Report | None) -> RenderableType:
             if found.complete
             else "or more time (--max-minutes): it was up before all was tried"
         )
-        return Group(table, Text(f"Nothing loses at most {found.max_drop:g} points{bound}; allow more steps (--most-steps), {way_out}."))
+        return f"Nothing loses at most {found.max_drop:g} points{bound}; allow more steps (--most-steps), {way_out}."
     (steps,) = report.steps
     least = f"{found.best.candidate} with T = {steps}: {report.accuracy[steps]:.2f} % on {report.samples} test images"
     untried = "" if found.complete else " The time was up before all was tried."
-    return Group(table, Text(f"{least}, the source network {_percent(report.reference_accuracy)} %.{untried}"))
+    return f"{least}, the source network {_percent(report.reference_accuracy)} %.{untried}"
 
 
 def recipe_tables(result: Mapping[str, Any]) -> Table:
