@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from quickspike.capture import free_name
+from quickspike.capture import check_sizes, free_name
 from quickspike.errors import ConversionError, DataError, OptionError
 from quickspike.graph import Site, Traced, fold, swap
 from quickspike.method import Method
@@ -71,7 +71,9 @@ class SpikingNetwork(nn.Module):
     def forward(self, images: Tensor) -> Outputs:
         """Logits `[B, K]`: the readout averaged over the steps."""
         if self.memory is not None and not torch.is_grad_enabled():
-            return each(lambda readouts: readouts[-1], self.run(images).readouts)
+            from quickspike.simulation import answer
+
+            return answer(self, images, self.memory)
         if self.summed:
             self.check_input(images)
             return self.network(images)
@@ -188,6 +190,7 @@ class SpikingNetwork(nn.Module):
         if images.ndim != len(expected) or images.shape[1] != self.input_shape[0] or images.shape[0] == 0:
             fits = ", ".join(map(str, expected))
             raise DataError(f"this network takes images of shape [{fits}], got {list(images.shape)}")
+        check_sizes(images, self.provenance.get("sizes", ()))
 
     def extra_repr(self) -> str:
         return f"method={self.method.get('name')}, steps={self.steps}, sites={len(self.sites)}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 import platform
 import re
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from quickspike.errors import OptionError
-from quickspike.neuron import Timed
+from quickspike.neuron import Neuron, Timed
 
 if TYPE_CHECKING:
     from quickspike.conversion import SpikingNetwork
@@ -24,11 +23,11 @@ if TYPE_CHECKING:
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 WORKSPACE = 1.5
 """Room for what libraries need beside the values themselves, as a multiple of these."""
-COUNTER = 8
-"""Bytes of the spike counter of a neuron."""
+ANSWERS = 4
+"""Copies of what the last layer gave at every step, while they are put together."""
 
 
-_DEMANDS: WeakKeyDictionary[SpikingNetwork, dict[Any, tuple[float, float]]] = WeakKeyDictionary()
+_DEMANDS: WeakKeyDictionary[SpikingNetwork, dict[Any, _Demand]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -71,72 +70,124 @@ def in_bytes(memory: str | int) -> int:
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
-def parts(snn: SpikingNetwork, images: Tensor, memory: int) -> Parts:
+def counter_type(steps: int) -> torch.dtype:
+    """The smallest type for numbers of spikes in `steps` steps; signed, so that differences of two are right too."""
+    return next(kind for kind in (torch.int8, torch.int16, torch.int32) if steps <= torch.iinfo(kind).max)
+
+
+def parts(snn: SpikingNetwork, images: Tensor, memory: int, *, counted: bool = True, step_by_step: bool = False) -> Parts:
     """The largest parts of a batch, and only where one sample does not fit of the steps, that stay within `memory` bytes.
 
-    The estimate is the largest sum of the values that are alive at the same time, times 1.5.
+    The estimate is the largest sum of the values that are alive at the same time, times 1.5, and what is kept beside them.
+
+    Args:
+        snn: the network.
+        images: `[B, ...]`.
+        memory: in bytes.
+        counted: spikes are counted, and the answers of all steps kept; else only the answer after the last.
+        step_by_step: all layers run for one step at a time.
 
     Raises:
         OptionError: not even one step of one sample fits.
     """
-    fixed, each = _demand(snn, images[:1])
-    whole = fixed + each * _passes(snn)
+    need = _demand(snn, images[:1])
+    counters = counter_type(snn.steps).itemsize * need.neurons if counted else 0
+    kept = ANSWERS * need.answer * (snn.steps if counted else 1)
+    one = 2 * counters + kept + WORKSPACE * need.constant
+    if step_by_step:
+        # Potentials twice: those of the samples that go on are copied when others stop.
+        least = one + need.fed + 2 * need.states + WORKSPACE * need.timed
+        if least > memory:
+            raise _too_little(least, memory, "one step of it")
+        return Parts(int(memory // least), 1)
+    whole = counters + WORKSPACE * (need.constant + need.timed * (1 if snn.summed else snn.steps))
     if whole <= memory:
         return Parts(int(memory // whole), snn.steps)
-    steps = int((memory - fixed) // each)
-    if steps < 1 or snn.summed or snn.synchronous:
-        needed = whole if snn.synchronous else fixed + each
-        why = "its layers wait for whole windows" if snn.synchronous else "one step of it"
-        raise OptionError(f"one sample needs about {needed / 2**20:.0f} MiB ({why}), more than the {memory / 2**20:.0f} MiB allowed")
-    return Parts(1, steps)
+    if snn.summed or snn.synchronous:
+        raise _too_little(whole, memory, "its layers wait for whole windows")
+    steps = int((memory - one - need.states) // (WORKSPACE * need.timed))
+    if steps < 1:
+        raise _too_little(one + need.states + WORKSPACE * need.timed, memory, "one step of it")
+    return Parts(1, min(steps, snn.steps))
 
 
-def _demand(snn: SpikingNetwork, image: Tensor) -> tuple[float, float]:
-    """(bytes of one sample that do not depend on the number of steps, bytes of every step).
+def _too_little(needed: float, memory: int, why: str) -> OptionError:
+    return OptionError(f"one sample needs about {needed / 2**20:.0f} MiB ({why}), more than the {memory / 2**20:.0f} MiB allowed")
 
-    Found once for a network, number of steps and kind of image: it takes a simulation of one sample.
-    """
+
+@dataclass
+class _Demand:
+    """Bytes of one sample, and its neurons."""
+
+    constant: int = 0
+    """Of values that are the same at every step: the most that are alive at the same time."""
+    fed: int = 0
+    """Of those among them that timed layers read, all together."""
+    timed: int = 0
+    """Of the values of one step: the most that are alive at the same time."""
+    states: int = 0
+    """Of potentials and their like, which are kept between steps."""
+    answer: int = 0
+    """Of what the last layer gives at one step."""
+    neurons: int = 0
+
+
+def _demand(snn: SpikingNetwork, image: Tensor) -> _Demand:
+    """Found once for a network and kind of image: it takes a simulation of one sample for one step."""
     known = _DEMANDS.setdefault(snn, {})
-    key = (snn.steps, tuple(image.shape), image.dtype, next(snn.parameters()).dtype)
+    key = (snn.summed, tuple(image.shape), image.dtype, next(snn.parameters()).dtype)
     if key not in known:
-        known[key] = _measured(snn, image)
+        probe = _Alive(snn)
+        with torch.no_grad():
+            probe.run(image)
+        known[key] = probe.demand
     return known[key]
 
 
-def _measured(snn: SpikingNetwork, image: Tensor) -> tuple[float, float]:
-    probe = _Alive(snn.network)
-    with torch.no_grad():
-        probe.run(image)
-    counters = COUNTER * sum(math.prod(site.shape) for site in snn.sites)
-    return counters + WORKSPACE * probe.constant, WORKSPACE * probe.timed / _passes(snn)
-
-
-def _passes(snn: SpikingNetwork) -> int:
-    """Steps that a simulation holds at a time."""
-    return 1 if snn.summed else snn.steps
-
-
 class _Alive(fx.Interpreter):
-    """Runs one sample and keeps account of the values that are alive."""
+    """Runs one sample for one step and keeps account of the values that are alive."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
+    def __init__(self, snn: SpikingNetwork) -> None:
+        super().__init__(snn.network)
+        self.summed, self.demand = snn.summed, _Demand()
         self.sizes: dict[fx.Node, tuple[int, int]] = {}
-        self.constant, self.timed = 0, 0
-        self.time = set[fx.Node]()
-        self.left = {node: set(node.users) for node in module.graph.nodes}
+        self.time, self.fed = set[fx.Node](), set[fx.Node]()
+        self.left = {node: set(node.users) for node in snn.network.graph.nodes}
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        layer = self.fetch_attr(target)
+        if isinstance(layer, Neuron):
+            self.demand.neurons += args[0].numel()
+        if self.summed or not isinstance(layer, Timed):
+            return super().call_module(target, args, kwargs)
+        if isinstance(layer, Neuron) and layer.averaged:
+            # It waits for all steps, so it cannot run one; and it keeps nothing between steps.
+            return torch.zeros_like(args[0], dtype=layer.output)
+        out, state = layer.scan(args[0], None, 1)
+        self.demand.states += _bytes(state)
+        return out
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         layer = self.submodules.get(str(n.target)) if n.op == "call_module" else None
         if isinstance(layer, Timed) or any(parent in self.time for parent in n.all_input_nodes):
             self.time.add(n)
-        size = sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and n.op != "get_attr")
+        size = 0 if n.op == "get_attr" else _bytes(value)
+        if n.op == "output":
+            self.demand.answer = size
         self.sizes[n] = (0, size) if n in self.time else (size, 0)
+        if n in self.time:
+            new = set(n.all_input_nodes) - self.time - self.fed
+            self.demand.fed += sum(self.sizes[parent][0] for parent in new)
+            self.fed |= new
         constant, timed = (sum(column) for column in zip(*self.sizes.values(), strict=True))
-        self.constant, self.timed = max(self.constant, constant), max(self.timed, timed)
+        self.demand.constant, self.demand.timed = max(self.demand.constant, constant), max(self.demand.timed, timed)
         for parent in n.all_input_nodes:
             self.left[parent].discard(n)
             if not self.left[parent]:
                 self.sizes.pop(parent, None)
         return value
+
+
+def _bytes(value: Any) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(value) if isinstance(leaf, Tensor))

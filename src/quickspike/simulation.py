@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from quickspike.conversion import SpikingNetwork, readout
 from quickspike.errors import ConversionError
-from quickspike.memory import in_bytes, parts
+from quickspike.memory import counter_type, in_bytes, parts
 from quickspike.neuron import Neuron, Timed, unfold
 from quickspike.structure import Outputs, each, first
 
@@ -32,7 +32,8 @@ class Run:
     engine has it after the last step only, and NaN before. Several in tuples, lists and dicts where the source network
     gives several."""
     spikes: Mapping[str, Tensor]
-    """Number of spikes of every neuron in T steps, or until its sample stopped, by site, `[B, ...]`."""
+    """Number of spikes of every neuron in T steps, or until its sample stopped, by site, `[B, ...]`, in the smallest signed
+    type that holds T (int8 up to 127): sums and means of them are right, products with large numbers need a wider one."""
     stopped: Tensor | None = None
     """Steps that each sample took, `[B]`, where samples may stop early; its logits stay as they were then."""
 
@@ -65,7 +66,8 @@ def simulate(
             the same numbers as the default, which runs each layer once with time folded into the batch.
         exit: lets a sample stop as soon as its answer is decided (runs step by step); see `quickspike.early_exit`.
         memory: bytes, or a text such as "2GiB", within which the simulation stays by taking the batch in parts; by default
-            what `snn.memory` says.
+            what `snn.memory` says. The weights, the images and the result itself are not counted; `snn(images)` keeps
+            the answers only.
 
     Raises:
         DataError: the images do not fit the network.
@@ -73,12 +75,80 @@ def simulate(
         OptionError: one step of one sample does not fit into the memory.
     """
     snn.check_input(images)
-    if (step_by_step or exit is not None) and snn.summed:
+    single = step_by_step or exit is not None
+    if single and snn.summed:
         raise ConversionError("a network made for the count engine has no steps; simulate the network it was made from")
-    if step_by_step or exit is not None:
-        return _step_by_step(snn, images, exit)
+    run: Callable[[SpikingNetwork, Tensor], Run] = partial(_step_by_step, exit=exit) if single else _layer_by_layer
     budget = memory if memory is not None else snn.memory
-    return _layer_by_layer(snn, images) if budget is None else _in_parts(snn, images, in_bytes(budget))
+    if budget is None:
+        return run(snn, images)
+    size = parts(snn, images, in_bytes(budget), step_by_step=single)
+    if not single and size.steps < snn.steps:
+        run = partial(_in_time, steps=size.steps)
+    readouts, spikes, stopped = _Joined(len(images), 1), _Joined(len(images)), _Joined(len(images))
+    for part in torch.split(images, size.samples):
+        one = run(snn, part)
+        readouts.add(one.readouts)
+        spikes.add(one.spikes)
+        stopped.add(one.stopped)
+    return Run(readouts.whole, spikes.whole, stopped.whole)
+
+
+def answer(snn: SpikingNetwork, images: Tensor, memory: str | int) -> Outputs:
+    """The readout after the last step, `[B, K]`, without gradients; nothing else is kept of a part of the batch.
+
+    Args:
+        snn: the network.
+        images: `[B, ...]`, the same at every step.
+        memory: see `simulate`.
+
+    Raises:
+        DataError: the images do not fit the network.
+        OptionError: one step of one sample does not fit into the memory.
+    """
+    snn.check_input(images)
+    size = parts(snn, images, in_bytes(memory), counted=False)
+    answers = _Joined(len(images))
+    for part in torch.split(images, size.samples):
+        answers.add(_answer(snn, part, size.steps))
+    return answers.whole
+
+
+class _Joined:
+    """Results of the parts of a batch, copied into one as they come: a list of them to join takes the memory twice."""
+
+    def __init__(self, samples: int, axis: int = 0) -> None:
+        self.samples, self.axis, self.done = samples, axis, 0
+        self.whole: Any = None
+
+    def add(self, part: Any) -> None:
+        """The samples that come next."""
+        if self.whole is None:
+            self.whole = each(self._room, part)
+        count = 0
+
+        def put(whole: Tensor, one: Tensor) -> Tensor:
+            nonlocal count
+            count = one.shape[self.axis]
+            return whole.narrow(self.axis, self.done, count).copy_(one)
+
+        each(put, self.whole, part)
+        self.done += count
+
+    def _room(self, part: Tensor) -> Tensor:
+        return part.new_empty((*part.shape[: self.axis], self.samples, *part.shape[self.axis + 1 :]))
+
+
+def _counts(out: Tensor, steps: int, whole: int) -> Tensor:
+    """Spikes `[B, ...]` in the outputs `[steps*B, ...]`; `whole` is T.
+
+    Step by step: torch's sum of flags makes 8 bytes of every one of them first.
+    """
+    slots = unfold(out.detach(), steps)
+    counts = torch.zeros_like(slots[0], dtype=counter_type(whole))
+    for slot in slots:
+        counts += slot.ne(0)
+    return counts
 
 
 class _LayerByLayer(fx.Interpreter):
@@ -91,7 +161,7 @@ class _LayerByLayer(fx.Interpreter):
         out = super().call_module(target, args, kwargs)
         layer = self.fetch_attr(target)
         if isinstance(layer, Neuron):
-            self.spikes[target] = out.long() if layer.counts else unfold(out.detach(), self.steps).ne(0).sum(0)
+            self.spikes[target] = out.to(counter_type(self.steps)) if layer.counts else _counts(out, self.steps, self.steps)
         return out
 
 
@@ -109,33 +179,50 @@ def _at_the_end(steps: int, last: Tensor) -> Tensor:
     return readouts
 
 
-def _in_parts(snn: SpikingNetwork, images: Tensor, memory: int) -> Run:
-    """The same numbers, with no more at a time than fits."""
-    size = parts(snn, images, memory)
-    run = _layer_by_layer if size.steps == snn.steps else partial(_in_time, steps=size.steps)
-    runs = [run(snn, part) for part in torch.split(images, size.samples)]
-    spikes = {site: torch.cat([one.spikes[site] for one in runs]) for site in runs[0].spikes}
-    return Run(each(lambda *parts: torch.cat(parts, 1), *(one.readouts for one in runs)), spikes)
-
-
 def _in_time(snn: SpikingNetwork, images: Tensor, steps: int) -> Run:
     """Some steps at a time."""
     outputs, spikes, states = list[Outputs](), dict[str, Tensor](), dict[str, Any]()
     for start in range(0, snn.steps, steps):
-        count = min(steps, snn.steps - start)
-        part = _Part(snn, states, count)
-        outputs.append(each(partial(unfold, steps=count), part.run(images)))
+        part = _Part(snn, states, min(steps, snn.steps - start), counted=True)
         states = part.states
-        spikes = {site: spikes.get(site, 0) + fired for site, fired in part.fired.items()}
+        outputs.append(each(partial(unfold, steps=part.steps), part.run(images)))
+        for site, fired in part.fired.items():
+            spikes[site] = fired if start == 0 else spikes[site].add_(fired)
     return Run(each(lambda *parts: readout(torch.cat(parts)), *outputs), spikes)
+
+
+def _answer(snn: SpikingNetwork, images: Tensor, steps: int) -> Outputs:
+    """The readout after the last step, some steps at a time."""
+    if snn.summed:
+        return snn.network(images)
+    if steps == snn.steps:
+        return each(lambda out: _mean(_added(unfold(out, steps)), out, steps), snn.network(images))
+    totals, outputs, states = None, None, dict[str, Any]()
+    for start in range(0, snn.steps, steps):
+        part = _Part(snn, states, min(steps, snn.steps - start))
+        states = part.states
+        outputs = each(partial(unfold, steps=part.steps), part.run(images))
+        totals = each(_added, outputs, *([] if totals is None else [totals]))
+    return each(lambda total, out: _mean(total, out, snn.steps), totals, outputs)
+
+
+def _added(outputs: Tensor, total: Tensor | None = None) -> Tensor:
+    """The sum `[B, K]` of outputs `[T, B, K]`, on top of `total`, in double precision: the numbers of `readout`."""
+    for out in outputs:
+        total = out.double() if total is None else total + out
+    return cast(Tensor, total)
+
+
+def _mean(total: Tensor, like: Tensor, steps: int) -> Tensor:
+    return total.to(like.dtype) / steps
 
 
 class _Part(fx.Interpreter):
     """The graph for some of the steps; the states of its timed layers go in and come out."""
 
-    def __init__(self, snn: SpikingNetwork, states: Mapping[str, Any], steps: int) -> None:
+    def __init__(self, snn: SpikingNetwork, states: Mapping[str, Any], steps: int, *, counted: bool = False) -> None:
         super().__init__(snn.network)
-        self.states, self.steps = dict(states), steps
+        self.states, self.steps, self.whole, self.counted = dict(states), steps, snn.steps, counted
         self.fired: dict[str, Tensor] = {}
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -144,26 +231,28 @@ class _Part(fx.Interpreter):
             return super().call_module(target, args, kwargs)
         # Every timed layer is called by exactly one node, so that its name can key its state.
         out, self.states[target] = layer.scan(args[0], self.states.get(target), self.steps)
-        if isinstance(layer, Neuron):
-            self.fired[target] = unfold(out.detach(), self.steps).ne(0).sum(0)
+        if self.counted and isinstance(layer, Neuron):
+            self.fired[target] = _counts(out, self.steps, self.whole)
         return out
 
 
 def _step_by_step(snn: SpikingNetwork, images: Tensor, exit: Exit | None = None) -> Run:
     running, states, constants = torch.arange(len(images), device=images.device), dict[str, Any](), _constants(snn, images)
     stopped = torch.full_like(running, snn.steps)
-    readouts, spikes, outputs = list[Outputs](), dict[str, Tensor](), list[Outputs]()
+    readouts, spikes, totals = list[Outputs](), dict[str, Tensor](), None
     for step in range(1, snn.steps + 1):
-        part = _Part(snn, states, 1)
-        outputs.append(part.run(images, initial_env=dict(constants)))
+        part = _Part(snn, states, 1, counted=True)
+        # Its own from now on: potentials of the last step are let go layer by layer.
         states = part.states
-        mean = each(lambda *steps: readout(torch.stack(steps))[-1], *outputs)
+        out = part.run(images, initial_env=dict(constants))
+        totals = each(lambda one, *total: _added(one[None], *total), out, *([] if totals is None else [totals]))
+        mean = each(partial(_mean, steps=step), totals, out)
         if len(running) == len(stopped):
             readouts.append(mean)
         else:
             readouts.append(each(partial(_put, running), readouts[-1], mean))
         for site, fired in part.fired.items():
-            spikes[site] = fired if site not in spikes else spikes[site].index_add(0, running, fired)
+            spikes[site] = fired if step == 1 else spikes[site].index_add_(0, running, fired)
         if exit is None or step == snn.steps:
             continue
         decided = exit.decided(first(mean))
@@ -174,9 +263,11 @@ def _step_by_step(snn: SpikingNetwork, images: Tensor, exit: Exit | None = None)
         if not len(going):
             readouts += [readouts[-1]] * (snn.steps - step)
             break
-        running, images, outputs = running[going], images[going], [each(itemgetter(going), one) for one in outputs]
+        running, images, totals = running[going], images[going], each(itemgetter(going), totals)
+        states = _some(states, going)
         # Sizes are among the constants, so these are computed anew.
-        states, constants = _some(states, going), _constants(snn, images)
+        constants.clear()
+        constants = _constants(snn, images)
     return Run(each(lambda *steps: torch.stack(steps), *readouts), spikes, None if exit is None else stopped)
 
 
@@ -185,18 +276,22 @@ def _put(samples: Tensor, into: Tensor, values: Tensor) -> Tensor:
 
 
 def _constants(snn: SpikingNetwork, images: Tensor) -> dict[fx.Node, Any]:
-    """Values that are the same at every step, by node."""
+    """Values that are the same at every step, by node; None where no timed layer reads them."""
     timed = set[fx.Node]()
     for node in snn.network.graph.nodes:
         layer = snn.network.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(layer, Timed) or any(parent in timed for parent in node.all_input_nodes):
             timed.add(node)
     found = dict[fx.Node, Any]()
-    recorder = fx.Interpreter(snn.network, garbage_collect_values=False)
+    recorder = fx.Interpreter(snn.network)
     recorder.args_iter = iter([images])
     for node in snn.network.graph.nodes:
-        if node not in timed:
-            recorder.env[node] = found[node] = recorder.run_node(node)
+        if node in timed:
+            continue
+        recorder.env[node] = recorder.run_node(node)
+        found[node] = recorder.env[node] if any(user in timed for user in node.users) else None
+        for done in recorder.user_to_last_uses.get(node, ()):
+            del recorder.env[done]
     return found
 
 
