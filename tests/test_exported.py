@@ -148,7 +148,7 @@ def test_names_are_those_of_the_layers() -> None:
     traced = qs.trace(network("blocks"), images(1))
     assert [site.name for site in traced.sites[:3]] == ["act", "operation.act", "operation.act_2"]
     assert {"stem", "operation.a", "operation.b", "head"} <= {name for name, _ in traced.module.named_modules()}
-    assert [site.function for site in traced.sites[:3]] == ["relu", "clamp", "clamp"]
+    assert [site.function for site in traced.sites[:3]] == ["relu", "relu6", "relu6"]
 
 
 def test_a_shared_layer_stays_one() -> None:

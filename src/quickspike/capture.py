@@ -10,7 +10,7 @@ import inspect
 import operator
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from quickspike.errors import DataError, TraceError
-from quickspike.exported import record_exported
-from quickspike.structure import Outputs, places
+from quickspike.exported import Ranges, record_exported
+from quickspike.operators import SPELLINGS
+from quickspike.structure import Outputs, apart, places
 
 _OWN = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}")
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<where>\S+)\n\s*(?P<text>[^\n]*)')
@@ -37,6 +38,9 @@ class Captured:
     example: Tensor
     expected: Outputs
     name: str
+    sizes: Sizes
+    ranges: Ranges = ()
+    """Sizes of the axes behind the channels that the graph holds for; empty for all."""
 
 
 def capture(model: nn.Module, example: Tensor) -> Captured:
@@ -60,14 +64,21 @@ def capture(model: nn.Module, example: Tensor) -> Captured:
     example = example.detach()[:1].to(device=None if parameter is None else parameter.device)
     # A network may change its input in place; the caller's images must survive that.
     expected = _run_source(private, example.clone(), name)
-    module = _recorded(private, example, name)
+    module, ranges = _recorded(private, example, name)
     _open_records(module.graph)
+    _open_attention(module)
     _positional(module.graph)
     _make_functional(module)
     _drop_asserts(module)
     _fold_constants(module)
     _name_batch_norms(module)
-    return Captured(module, private, example, expected, name)
+    ranges = _proven(module, private, example, ranges)
+    sizes = measure(module, example)
+    if ranges and all(low == high for low, high in ranges):
+        ranges = _fixed(example)
+    if _settle(module, sizes, ranges == _fixed(example)):
+        ranges = _fixed(example)
+    return Captured(module, private, example, expected, name, sizes, ranges)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -160,19 +171,30 @@ def _run_source(private: nn.Module, example: Tensor, name: str) -> Outputs:
     return expected
 
 
-def _recorded(private: nn.Module, example: Tensor, name: str) -> fx.GraphModule:
+def _recorded(private: nn.Module, example: Tensor, name: str) -> tuple[fx.GraphModule, Ranges]:
     """By torch.fx, which keeps the network's own layers; by torch.export where that cannot follow."""
     try:
-        return fx.GraphModule(private, _record(private, name), name)
+        return fx.GraphModule(private, _record(private, name), name), ()
     except TraceError as error:
         if " inputs. Way out" in str(error):
             raise
         try:
-            return record_exported(private, example, name)
+            exported = record_exported(private, example, name)
+            return exported.module, exported.ranges
         except Exception as second:
             reason, _, way_out = str(error).partition(". Way out: ")
             also = f"{reason}; nor by torch.export: {_first_line(second)}"
             raise TraceError(f"{also}. Way out: {way_out}") from second
+
+
+def calls_in(model: nn.Module) -> list[fx.Node]:
+    """All calls of layers, functions and methods in the forward pass of a copy of `model`, by torch.fx.
+
+    Raises:
+        TraceError: it cannot be recorded.
+    """
+    model = _unwrapped(model)
+    return [node for node in _record(copy_of(model), type(model).__name__).nodes if node.op.startswith("call_")]
 
 
 def _record(private: nn.Module, name: str) -> fx.Graph:
@@ -248,6 +270,13 @@ def scope_of(node: fx.Node) -> str:
     return str(path)
 
 
+def scopes_of(node: fx.Node) -> list[tuple[str, str]]:
+    """(qualified name, class name) of every module whose forward this node was made in, the network itself left out."""
+    stack = node.meta.get("nn_module_stack") or {}
+    # torch.fx keeps classes, torch.export their names.
+    return [(str(path), getattr(kind, "__name__", str(kind).rpartition(".")[2])) for path, kind in stack.values() if path]
+
+
 # In-place operations: `y.relu_()` changes y for everything that reads it later, so those readers are redirected.
 
 
@@ -268,6 +297,76 @@ def _open_records(graph: fx.Graph) -> None:
 
 def _instead(record: fx.Node, plain: Any, one: fx.Node) -> Any:
     return plain if one is record else one
+
+
+def _open_attention(module: fx.GraphModule) -> None:
+    """nn.MultiheadAttention as the functions that it consists of; its own way through them moves the batch axis."""
+    layers = {path: layer for path, layer in module.named_modules() if type(layer) is nn.MultiheadAttention}
+    for node in list(module.graph.nodes):
+        layer: Any = layers.get(str(node.target)) if node.op == "call_module" else None
+        if layer is None or not _opens(node, layer):
+            continue
+        if module.get_submodule(str(node.target)) is layer:
+            module.set_submodule(str(node.target), nn.Module())
+        values = dict(zip(("query", "key", "value"), node.args, strict=False)) | node.kwargs
+        path, width = str(node.target), layer.embed_dim
+        with module.graph.inserting_before(node):
+            heads = []
+            for place, name in enumerate(("query", "key", "value")):
+                part = slice(place * width, (place + 1) * width)
+                own = layer.in_proj_weight is None
+                weight = getattr(layer, f"{name[0]}_proj_weight") if own else layer.in_proj_weight[part]
+                linear = _linear_of(weight, None if layer.in_proj_bias is None else layer.in_proj_bias[part])
+                heads.append(_heads(module, f"{path}.{name}", linear, values[name], layer.num_heads))
+            mixed = module.graph.call_function(F.scaled_dot_product_attention, tuple(heads))
+            joined = module.graph.call_function(torch.flatten, (module.graph.call_method("transpose", (mixed, 1, 2)), 2))
+            module.add_submodule(f"{path}.output", _linear_of(layer.out_proj.weight, layer.out_proj.bias))
+            result = module.graph.call_module(f"{path}.output", (joined,))
+        _inherit(module.graph, result, node)
+        for user in list(node.users):
+            user.replace_all_uses_with(result)
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+    module.delete_all_unused_submodules()
+    module.recompile()
+
+
+def _opens(node: fx.Node, layer: Any) -> bool:
+    """Whether a call of attention treats samples apart, and nothing but its answer is read."""
+    more = {*node.kwargs, *(("key_padding_mask",) if len(node.args) > 3 else ())} - {"query", "key", "value", "need_weights"}
+    plain = layer.batch_first and layer.bias_k is None and not layer.add_zero_attn and layer.in_proj_bias is not None
+    answers = all(user.target is operator.getitem and (user.args[1] == 0 or not user.users) for user in node.users)
+    return bool(
+        plain and answers and all(node.kwargs[name] in (None, False) for name in more if name in node.kwargs) and len(node.args) < 4
+    )
+
+
+def _linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.detach().clone(), False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone(), False)
+    return layer.eval()
+
+
+def _heads(module: fx.GraphModule, name: str, linear: nn.Linear, x: fx.Node, count: int) -> fx.Node:
+    """`[B, L, E]` to `[B, heads, L, E / heads]`."""
+    module.add_submodule(name, linear)
+    graph = module.graph
+    one = graph.call_module(name, (x,))
+    split = graph.call_method("unflatten", (one, 2, (count, linear.out_features // count)))
+    return graph.call_method("transpose", (split, 1, 2))
+
+
+def _inherit(graph: fx.Graph, last: fx.Node, source: fx.Node) -> None:
+    """Give new nodes the place in the user's code of the node that they stand for."""
+    waiting = [last]
+    while waiting:
+        node = waiting.pop()
+        if node in source.all_input_nodes or node.meta:
+            continue
+        node.meta.update(source.meta)
+        waiting.extend(node.all_input_nodes)
 
 
 def _positional(graph: fx.Graph) -> None:
@@ -414,6 +513,94 @@ class AnyBatchNorm(nn.BatchNorm2d):
     """Batch norm of `[B, C, ...]` with any number of further axes."""
 
     def _check_input_dim(self, input: Tensor) -> None: ...
+
+
+# Other heights and widths than the example's
+
+
+def _fixed(example: Tensor) -> Ranges:
+    return tuple((size, size) for size in example.shape[2:])
+
+
+def _proven(module: fx.GraphModule, private: nn.Module, example: Tensor, ranges: Ranges) -> Ranges:
+    """`ranges`, if the graph computes what the network computes at other sizes too; else those of the example alone.
+
+    A network that torch.export recorded may have looked at sizes. What follows from that are bounds, or conditions (even
+    sizes, multiples of 32) that sizes in the neighbourhood and far away bring to light.
+    """
+    if all(low == high for low, high in ranges):
+        return ranges
+    generator, agreed = torch.Generator().manual_seed(0), 0
+    for shift, factor in ((1, 1), (2, 1), (-1, 1), (-3, 1), (0, 2), (1, 3), (32, 1)):
+        sizes = [
+            low if low == high else size * factor + shift * (axis + 1)
+            for axis, (size, (low, high)) in enumerate(zip(example.shape[2:], ranges, strict=True))
+        ]
+        if any(size < low or (high is not None and size > high) for size, (low, high) in zip(sizes, ranges, strict=True)):
+            continue
+        images = torch.randn((2, *example.shape[1:2], *sizes), generator=generator).to(example)
+        with torch.no_grad():
+            try:
+                wanted = private(images.clone())
+            except Exception:  # noqa: S112 - a size that the network itself refuses
+                continue
+            try:
+                found = module(images)
+            except Exception:
+                return _fixed(example)
+        if not apart(wanted, found) <= 1e-3:
+            return _fixed(example)
+        agreed += 1
+    return ranges if agreed else _fixed(example)
+
+
+_RANK = ("dim", "ndimension", "ndim")
+
+
+def _settle(module: fx.GraphModule, sizes: Sizes, known: bool) -> bool:
+    """Replace numbers by what they are for the example: all if the sizes are known, else those that no file could hold.
+
+    Returns:
+        True if one of the latter follows from heights and widths.
+    """
+    bound = False
+    for node in module.graph.nodes:
+        if node.name not in sizes.numbers or node.op == "get_attr" or not (known or not _has_place(node)):
+            continue
+        bound |= any(True for _ in node.users) and str(node.args[1] if node.target is getattr else node.target) not in _RANK
+        node.replace_all_uses_with(sizes.numbers[node.name])
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return bound
+
+
+def _has_place(node: fx.Node) -> bool:
+    """Whether a number is made of sizes by operators that a spiking network may hold."""
+    if node.op == "call_method":
+        return node.target == "size"
+    if node.target is getattr:
+        return bool(node.args[1] == "shape")
+    return node.target in SPELLINGS and all(_has_place(parent) for parent in node.all_input_nodes if parent.op != "placeholder")
+
+
+def check_sizes(images: Tensor, ranges: Sequence[Sequence[int | None]]) -> None:
+    """Raise DataError if images `[B, C, ...]` have sizes that a graph was not recorded for.
+
+    Args:
+        images: any.
+        ranges: smallest and largest size of every axis behind the channels, None for no bound; empty for all.
+    """
+    for size, (low, high) in zip(images.shape[2:], ranges, strict=False):
+        if not (low or 0) <= size <= (size if high is None else high):
+            wanted = " x ".join(_between(*bounds) for bounds in ranges)
+            raise DataError(
+                f"this network's forward pass looks at sizes, and was recorded for {wanted}; got {list(images.shape)}. "
+                "Way out: convert it with images of that size"
+            )
+
+
+def _between(low: int | None, high: int | None) -> str:
+    return str(low) if low == high else f"{low} to {high}" if high is not None else f"{low} or more"
 
 
 # Which values follow the batch: the graph is run on batches of two and of three samples.

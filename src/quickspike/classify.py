@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from quickspike import piecewise
-from quickspike.capture import AnyBatchNorm, Sizes, scope_of, source_of
-from quickspike.coverage import Coverage, Finding, Status
+from quickspike.capture import AnyBatchNorm, Sizes, scope_of, scopes_of, source_of
+from quickspike.coverage import SHOWN, Coverage, Finding, Status
 from quickspike.errors import OptionError
 from quickspike.operators import (
     ANALOG_LAYERS,
@@ -63,7 +63,11 @@ DEFAULT_WAY_OUT = "replace it by a supported operator (docs/operators.md) and fi
 WAYS_OUT: tuple[tuple[tuple[str, ...], str], ...] = (
     (("with_indices",), "leave the indices out; where unpooling needs them, use average pooling"),
     (("softmax",), "at the output: return the logits, the readout averages them; elsewhere: keep it analog"),
-    (("layernorm", "layer_norm", "groupnorm", "group_norm", "instancenorm"), "train with batch norm, which folds into the weights"),
+    (
+        ("layernorm", "layer_norm", "groupnorm", "group_norm", "instancenorm", "instance_norm", "rmsnorm", "rms_norm"),
+        "train with batch norm, which folds into the weights",
+    ),
+    (("multiheadattention",), "batch_first=True, no masks, and only its first result read; then analog=('MultiheadAttention',) keeps it"),
     (("attention", "matmul", "bmm", "einsum", "scaled_dot"), "use a convolutional network"),
 )
 
@@ -83,11 +87,12 @@ def classify(
         sizes: of every node's value.
         network: name for the report.
         keep_dropout: leave dropout layers in the graph, for training; they go when the graph is folded.
-        analog: patterns of names (`head.*`) or operators (`SiLU`) of what is computed on real values at every step.
+        analog: patterns of names (`head.*`) or operators (`SiLU`) of what is computed on real values at every step; those of a
+            layer that holds others stand for all that it computes.
         pieces: straight lines that a smooth activation is approximated by.
 
     Raises:
-        OptionError: a pattern fits nothing, or pieces < 2.
+        OptionError: a pattern fits nothing that could be kept on real values, or pieces < 2.
     """
     if type(pieces) is not int or not 2 <= pieces <= 64:
         raise OptionError(f"pieces must be a whole number in [2, 64], got {pieces!r}")
@@ -103,7 +108,7 @@ def classify(
         findings.append(Finding(name, operator, verdict.status, verdict.reason, verdict.way_out, source_of(node), verdict.error))
     for pattern in analog:
         if pattern not in classifier.used:
-            raise OptionError(f"analog={pattern!r} fits no call of {network}; `quickspike inspect --json` lists their names and operators")
+            raise OptionError(f"analog={pattern!r} fits {classifier.only_affine(pattern, network)}; {_LISTED}")
     coverage = Coverage(network, tuple(findings))
     if not coverage.unsupported:
         for edit in filter(None, edits):
@@ -112,6 +117,10 @@ def classify(
         module.graph.eliminate_dead_code()
         module.recompile()
     return coverage
+
+
+_NOR_ANALOG = ", and is not among what can be kept on real values"
+_LISTED = "`quickspike inspect --json` lists names and operators, and layers that hold others can be named too"
 
 
 def _is_size(node: fx.Node, sizes: Sizes) -> bool:
@@ -149,6 +158,7 @@ def refuse(operator: str, reason: str, way_out: str = "") -> Verdict:
     return Verdict("unsupported", reason, way_out or next(fitting, DEFAULT_WAY_OUT))
 
 
+_ASKS_NOTHING = (*NO_OPERATIONS, *DROPOUTS, *MAX_POOL_FUNCTIONS)
 _ANALOG_NAMES = {cls.__name__.lower() for cls in ANALOG_LAYERS}
 
 
@@ -164,10 +174,22 @@ class _Classifier:
 
     def _kept_analog(self, node: fx.Node) -> bool:
         """True if the user wants this call on real values."""
-        texts = (_name(node), _operator(node, self.module))
-        fitting = [pattern for pattern in self.analog if any(fnmatchcase(text, pattern) for text in texts)]
+        fitting = self._fitting(node)
         self.used.update(fitting)
         return bool(fitting)
+
+    def _fitting(self, node: fx.Node) -> list[str]:
+        """Patterns that fit this call, or a layer that it is computed in."""
+        texts = {_name(node), _operator(node, self.module), *(text for scope in scopes_of(node) for text in scope)}
+        return [pattern for pattern in self.analog if any(fnmatchcase(text, pattern) for text in texts)]
+
+    def only_affine(self, pattern: str, network: str) -> str:
+        """What a pattern fits that asks for nothing."""
+        calls = (node for node in self.graph.nodes if node.op.startswith("call_") and pattern in self._fitting(node))
+        names = list(dict.fromkeys(_operator(node, self.module) for node in calls))
+        if not names:
+            return f"no call of {network}"
+        return f"nothing of {network} that spikes could not carry: only {', '.join(names[:SHOWN])}, which are affine or pool, or dropped"
 
     def verdict(self, node: fx.Node) -> Verdict:
         problem = self._batch_problem(node)
@@ -198,7 +220,7 @@ class _Classifier:
     def _layer(self, node: fx.Node) -> Verdict:
         layer: Any = self.module.get_submodule(str(node.target))
         kind, name = type(layer), type(layer).__name__
-        kept = self._kept_analog(node)
+        kept = kind not in (*LAYERS, *MAX_POOLS, *BATCH_NORMS, *NO_OPERATION_LAYERS) and self._kept_analog(node)
         if kind in ANALOG_LAYERS and (kept or (kind not in piecewise.LAYERS and not self._after_neurons(node))):
             return self._real(node, partial(_not_in_place, layer))
         if kind in piecewise.LAYERS:
@@ -219,7 +241,7 @@ class _Classifier:
             return Verdict("removed") if self.keep_dropout and isinstance(layer, DROPOUT_LAYERS) else self._removed(node)
         if kind not in ANALOG_LAYERS and isinstance(layer, (*LAYERS, *ANALOG_LAYERS, *BATCH_NORMS)):
             return refuse(name, f"{name} is a subclass of a supported layer and may compute something else", "use the base class")
-        return refuse(name, f"{name} has no exact spiking form")
+        return refuse(name, f"{name} has no exact spiking form{_NOR_ANALOG if kept else ''}")
 
     def _max_pool(self, node: fx.Node, layer: nn.Module) -> Verdict:
         if getattr(layer, "return_indices", False):
@@ -231,7 +253,7 @@ class _Classifier:
     def _call(self, node: fx.Node) -> Verdict:
         target, name = node.target, _function_name(node)
         known = SPELLINGS.get(target)
-        kept = self._kept_analog(node)
+        kept = not (known and known.affine) and target not in _ASKS_NOTHING and self._kept_analog(node)
         if known and not known.affine and (kept or (name not in piecewise.FUNCTIONS and not self._after_neurons(node))):
             return self._real(node, lambda: self._replace(node, partial(self._plain_call, node, known)))
         if known and name in piecewise.FUNCTIONS:
@@ -246,7 +268,7 @@ class _Classifier:
             return self._max_pool_call(node)
         if known and known.affine:
             return self._function(node, known)
-        return refuse(name, f"{name}() has no exact spiking form")
+        return refuse(name, f"{name}() has no exact spiking form{_NOR_ANALOG if kept else ''}")
 
     def _after_neurons(self, node: fx.Node) -> bool:
         return any(parent in self.spiking for parent in node.all_input_nodes)
@@ -286,7 +308,7 @@ class _Classifier:
             return refuse(name, "has bounds that make no activation", "clamp at min=0")
         if lines.constant == 0 and slopes is None and len(lines.pieces) == 1 and lines.pieces[0].is_relu:
             ceiling = lines.pieces[0].ceiling
-            function = "relu6" if "relu6" in name.lower() else "relu" if ceiling is None else "clamp"
+            function = "relu" if ceiling is None else "relu6" if ceiling == 6 else "clamp"
             return self._site(node, function, ceiling, module_name)
         if problem := self._site_problem(node, name):
             return problem
@@ -354,20 +376,48 @@ class _Classifier:
             return refuse(function.name, *problem)
 
         if function.name == "mul" and len([arg for arg in node.args if self._is_signal(arg)]) > 1 and self._after_neurons(node):
+            self._kept_analog(node)
             reason = "product of two signals: of running means, so that the mean is exact; multiplies at every step"
             return Verdict("synapse", reason, edit=lambda: self._replace(node, partial(self._plain_call, node, function)))
+
+        signal: Any = node.args[0] if node.args else None
+        axes = len(self.sizes.shapes.get(signal.name, ())) if self._is_signal(signal) else 0
 
         # The arguments are read when the edit runs: earlier edits will have replaced some of them.
         def make() -> fx.Node:
             if function.name == "expand":
-                return self.graph.call_function(function.run, (node.args[0], -1, *self.sizes.shapes[node.name][1:]))
+                return self.graph.call_function(function.run, (node.args[0], -1, *self._tail(node)))
             if function.name == "reshape":
-                return self.graph.call_function(function.run, _reshape_args(node, self.sizes))
+                return self._reshape(node, axes)
             # The arithmetic of the operator module takes no keywords; alpha=1 and rounding_mode=None may be left out.
             kwargs = {} if getattr(function.run, "__module__", "") == "_operator" else dict(node.kwargs)
             return self.graph.call_function(function.run, _plain_args(node, function.name), kwargs)
 
         return Verdict("analog", edit=lambda: self._replace(node, make))
+
+    def _reshape(self, node: fx.Node, axes: int) -> fx.Node:
+        """`view(x.size(0), -1)` and its like, with the batch size that x has here: time will be folded into it.
+
+        Args:
+            node: the call.
+            axes: of x if it is a signal, else 0.
+        """
+        call, tail = self.graph.call_function, self._tail(node)
+        if tail == [-1] and axes > 1:
+            return call(torch.flatten, (node.args[0], 1))
+        batch = call(FUNCTIONS["getitem"].run, (call(FUNCTIONS["shape"].run, (node.args[0],)), 0)) if axes else -1
+        return call(FUNCTIONS["reshape"].run, (node.args[0], (batch, *tail)))
+
+    def _tail(self, node: fx.Node) -> list[Any]:
+        """The sizes that a reshape or an expansion asks for, but for the batch; as numbers, -1, or nodes."""
+        asked: Any = node.args[1:] if len(node.args) > 1 else (node.kwargs.get("shape", node.kwargs.get("size")),)
+        if len(asked) == 1 and isinstance(asked[0], (tuple, list)):
+            asked = asked[0]
+        result = self.sizes.shapes[node.name]
+        if len(asked) == 1 and isinstance(asked[0], fx.Node) and len(result) > 1:
+            # view(x.shape), view(x.shape[:2] + (-1,))
+            return [self.graph.call_function(FUNCTIONS["getitem"].run, (asked[0], axis)) for axis in range(1, len(result))]
+        return list(asked[1:])
 
     def _argument_problem(self, node: fx.Node, name: str) -> tuple[str, str] | None:
         """Why this call is not affine in the signal, with the way out; None if it is."""
@@ -440,12 +490,6 @@ class _Classifier:
         self.graph.eliminate_dead_code()
         shape = FUNCTIONS["shape"].run
         for node in self.graph.nodes:
-            # numel() and its like are no operators of a spiking network; what follows from them is a constant.
-            others = (n.op == "call_method" and n.target != "size" for n in (node, *node.all_input_nodes))
-            if node.name in self.sizes.numbers and any(others):
-                node.replace_all_uses_with(self.sizes.numbers[node.name])
-        self.graph.eliminate_dead_code()
-        for node in self.graph.nodes:
             if not _is_size(node, self.sizes):
                 continue
             self._replace(node, partial(self._sizes_call, node, shape))
@@ -499,15 +543,3 @@ def _plain_args(node: fx.Node, name: str) -> tuple[Any, ...]:
     if name in ("mean", "sum") and node.op == "call_method" and len(args) > 2 and not isinstance(args[2], bool):
         return (args[0], tuple(args[1:]))
     return tuple(args)
-
-
-def _reshape_args(node: fx.Node, sizes: Sizes) -> tuple[Any, ...]:
-    """`view(x.size(0), -1)` as `reshape(x, (-1, F))`: the batch axis is inferred, since time will be folded into it."""
-    dims: Any = node.args[1:] if len(node.args) > 1 else (node.kwargs["shape"],)
-    if len(dims) == 1 and isinstance(dims[0], (tuple, list)):
-        dims = tuple(dims[0])
-    result = sizes.shapes[node.name]
-    if len(dims) == 1 and isinstance(dims[0], fx.Node) and len(result) > 1:
-        dims = result  # view(x.shape), view(x.shape[:2] + (-1,))
-    tail = list(dims[1:])
-    return (node.args[0], (-1, *(result[i + 1] if size == -1 else size for i, size in enumerate(tail))))

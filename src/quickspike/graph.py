@@ -17,7 +17,7 @@ from quickspike.errors import TraceError
 from quickspike.operators import ReLU
 from quickspike.piecewise import PIECES
 from quickspike.rewrite import fold_batch_norm, move_max_pools, put_lines, remove_dropout
-from quickspike.structure import Outputs, each, places, tensors
+from quickspike.structure import Outputs, apart, each, places, tensors
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Traced:
     folded: bool = True
     """False while batch norm and dropout stand in the graph, for training."""
     choices: Mapping[str, Any] = field(default_factory=dict)
-    """What the user decided about single operators, as plain data."""
+    """What the user decided about single operators, and `sizes` that the graph holds for, as plain data."""
 
     @property
     def name(self) -> str:
@@ -105,7 +105,7 @@ def trace(
         DataError: the example is unusable.
     """
     captured = capture(model, example)
-    sizes = measure(captured.module, captured.example)
+    sizes = captured.sizes
     coverage = classify(captured.module, sizes, captured.name, trainable, analog, pieces)
     coverage.raise_if_unsupported()
     if not coverage.having("neuron"):
@@ -114,6 +114,8 @@ def trace(
     choices: dict[str, Any] = {"analog": list(analog)} if analog else {}
     if any(finding.error for finding in coverage.findings):
         choices["pieces"] = pieces
+    if captured.ranges:
+        choices["sizes"] = [list(bounds) for bounds in captured.ranges]
     return Traced(captured.module, sites, coverage, tuple(captured.example.shape[1:]), not trainable, choices)
 
 
@@ -137,7 +139,7 @@ def inspect(model: nn.Module, example: Tensor, analog: Sequence[str] = (), piece
     findings: tuple[Finding, ...] = ()
     try:
         captured = capture(model, example)
-        sizes = measure(captured.module, captured.example)
+        sizes = captured.sizes
         coverage = classify(captured.module, sizes, captured.name, analog=analog, pieces=pieces)
         if not coverage.convertible:
             return coverage
@@ -282,21 +284,11 @@ def _verify_alone(captured: Captured, together: Outputs, alone: Outputs) -> None
             raise TraceError(
                 f"what {captured.name} returns{f' at {place}' if place else ''} does not follow the batch. Way out: return tensors [B, ...]"
             )
-    if not _apart(each(lambda both: both[:1], together), alone) <= _tolerance(captured):
+    if not apart(each(lambda both: both[:1], together), alone) <= _tolerance(captured):
         raise TraceError(
             f"{captured.name} answers differently for a sample among others than for the sample alone. "
             "Way out: keep samples apart; no softmax, norm or sort along axis 0"
         )
-
-
-def _apart(expected: Outputs, got: Outputs) -> float:
-    """The largest distance in units of the largest value of that tensor; infinite where shapes differ."""
-    pairs = list(zip(tensors(expected), tensors(got), strict=False))
-    if len(tensors(expected)) != len(tensors(got)) or any(a.shape != b.shape for a, b in pairs):
-        return float("inf")
-    errors = torch.stack([(b - a).abs().max() / a.abs().max().clamp_min(1e-12) for a, b in pairs])
-    # A NaN must not get lost.
-    return float(errors.max())
 
 
 def _tolerance(captured: Captured) -> float:
@@ -305,7 +297,7 @@ def _tolerance(captured: Captured) -> float:
 
 def _verify(captured: Captured, expected: Outputs, got: Outputs) -> None:
     """The graph must compute what the source network computes; this catches aliasing that a recording cannot see."""
-    error = _apart(expected, got)
+    error = apart(expected, got)
     if not error <= _tolerance(captured):
         raise TraceError(
             f"the recorded graph of {captured.name} does not compute what the network computes (relative error {error:.1e}). "

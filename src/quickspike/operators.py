@@ -72,8 +72,11 @@ LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Unflatten: ("dim", "unflattened_size"),
     **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d), ("padding",)),
     **dict.fromkeys((nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d), ("padding", "value")),
-    **dict.fromkeys((nn.ReflectionPad2d, nn.ReplicationPad2d), ("padding",)),
+    **dict.fromkeys((nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d), ("padding",)),
+    **dict.fromkeys((nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d), ("padding",)),
+    **dict.fromkeys((nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d), ("padding",)),
     nn.Upsample: ("size", "scale_factor", "mode", "align_corners"),
+    **dict.fromkeys((nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), ("size", "scale_factor")),
     nn.PixelShuffle: ("upscale_factor",),
     nn.PixelUnshuffle: ("downscale_factor",),
     nn.ChannelShuffle: ("groups",),
@@ -84,7 +87,9 @@ LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
 ANALOG_LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.GroupNorm: ("num_groups", "num_channels", "eps", "affine"),
     nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine"),
-    **dict.fromkeys((nn.Softmax, nn.LogSoftmax), ("dim",)),
+    nn.RMSNorm: ("normalized_shape", "eps", "elementwise_affine"),
+    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), ("num_features", "eps", "affine", "track_running_stats")),
+    **dict.fromkeys((nn.Softmax, nn.LogSoftmax, nn.GLU), ("dim",)),
     **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Mish, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.SELU, nn.Hardsigmoid), ()),
     nn.GELU: ("approximate",),
     nn.Softplus: ("beta", "threshold"),
@@ -127,6 +132,9 @@ _ACTIVATIONS = (
 )
 
 
+_ORDERS = ("gt", "ge", "lt", "le")
+
+
 def _functions() -> tuple[Function, ...]:
     def same(name: str, *more: Any) -> Function:
         return Function(name, getattr(torch, name), (getattr(torch, name), name, *more))
@@ -152,6 +160,8 @@ def _functions() -> tuple[Function, ...]:
         Function("linear", F.linear, (F.linear,)),
         Function("interpolate", F.interpolate, (F.interpolate,)),
         Function("pixel_shuffle", F.pixel_shuffle, (F.pixel_shuffle, torch.pixel_shuffle)),
+        Function("pixel_unshuffle", F.pixel_unshuffle, (F.pixel_unshuffle, torch.pixel_unshuffle)),
+        Function("channel_shuffle", F.channel_shuffle, (F.channel_shuffle, torch.channel_shuffle)),
         same("flatten"),
         same("permute"),
         same("transpose"),
@@ -167,6 +177,17 @@ def _functions() -> tuple[Function, ...]:
         same("squeeze"),
         same("unsqueeze"),
         same("narrow"),
+        same("movedim", torch.moveaxis, "moveaxis"),
+        same("swapaxes", torch.swapdims, "swapdims"),
+        same("unflatten"),
+        same("flip"),
+        same("roll"),
+        same("cumsum"),
+        Function("repeat", torch.Tensor.repeat, ("repeat",)),
+        # Of sizes.
+        Function("mod", operator.mod, (operator.mod,)),
+        Function("sym_max", torch.sym_max, (torch.sym_max,)),
+        Function("sym_min", torch.sym_min, (torch.sym_min,)),
         *(Function(name, run, (run, pools_of_torch.get(name, run))) for name, run in pools),
         *(Function(name, run, (run, getattr(torch, name))) for name, run in convolutions),
         analog("relu", torch.relu, F.relu, torch.relu_),
@@ -179,12 +200,20 @@ def _functions() -> tuple[Function, ...]:
         analog("softmax", torch.softmax, F.softmax),
         analog("log_softmax", torch.log_softmax, F.log_softmax),
         *(Function(name, getattr(F, name), (getattr(F, name), getattr(F, f"{name}_", name)), affine=False) for name in _ACTIVATIONS),
-        *(Function(name, getattr(F, name), (getattr(F, name),), affine=False) for name in ("layer_norm", "group_norm", "normalize")),
+        *(Function(name, getattr(F, name), (getattr(F, name),), affine=False) for name in ("layer_norm", "group_norm", "normalize", "glu")),
+        Function("instance_norm", F.instance_norm, (F.instance_norm,), affine=False),
+        Function("rms_norm", F.rms_norm, (F.rms_norm, torch.rms_norm), affine=False),
         analog("prelu", torch.prelu, F.prelu),
         *(analog(name, getattr(torch, name)) for name in ("exp", "log", "sqrt", "rsqrt", "abs", "square", "erf")),
         analog("pow", torch.pow, operator.pow, operator.ipow),
         *(Function(name, getattr(torch, name), (getattr(torch, name), name), affine=False) for name in ("amax", "amin", "logsumexp")),
-        *(Function(name, getattr(torch, name), (getattr(torch, name), name), affine=False) for name in ("maximum", "minimum")),
+        *(
+            Function(name, getattr(torch, name), (getattr(torch, name), name), affine=False)
+            for name in ("maximum", "minimum", "std", "var")
+        ),
+        *(Function(name, getattr(torch, name), (getattr(torch, name), getattr(operator, name), name), affine=False) for name in _ORDERS),
+        Function("where", torch.where, (torch.where, "where"), affine=False),
+        Function("einsum", torch.einsum, (torch.einsum,), affine=False),
         Function("matmul", torch.matmul, (torch.matmul, operator.matmul, "matmul", torch.bmm, "bmm"), affine=False),
         Function("scaled_dot_product_attention", F.scaled_dot_product_attention, (F.scaled_dot_product_attention,), affine=False),
     )
@@ -229,6 +258,9 @@ def layer_arguments(layer: nn.Module) -> dict[str, Any]:
     """
     names = (LAYERS | MAX_POOLS | ANALOG_LAYERS)[type(layer)]
     arguments = {name: getattr(layer, name) for name in names}
+    if "track_running_stats" in names:
+        # Its buffers tell; the flag itself may have been changed afterwards.
+        arguments["track_running_stats"] = layer.running_mean is not None
     if type(layer) in (nn.Linear, nn.LayerNorm) or any(name == "in_channels" for name in names):
         arguments["bias"] = layer.bias is not None
     return arguments

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quickspike.errors import DataError
@@ -48,6 +49,16 @@ def each(function: Callable[..., Tensor], outputs: Outputs, *more: Outputs) -> O
 def places(outputs: Outputs) -> dict[str, Any]:
     """Everything that is returned but None, by where it stands: `['out']`, `[0][1]`; a tensor alone stands at ""."""
     return {place: leaf for place, leaf in _leaves(outputs, "") if leaf is not None}
+
+
+def apart(expected: Outputs, got: Outputs) -> float:
+    """The largest distance in units of the largest value of that tensor; infinite where shapes differ."""
+    pairs = list(zip(tensors(expected), tensors(got), strict=False))
+    if len(tensors(expected)) != len(tensors(got)) or any(a.shape != b.shape for a, b in pairs):
+        return float("inf")
+    errors = torch.stack([(b - a).abs().max() / a.abs().max().clamp_min(1e-12) for a, b in pairs])
+    # A NaN must not get lost.
+    return float(errors.max())
 
 
 def _leaves(outputs: Outputs, place: str) -> Iterator[tuple[str, Any]]:
