@@ -92,6 +92,19 @@ def work(fabric, out, snn):
     except QuickspikeError as error:
         found["odd"] = str(error)
 
+    broken = net()
+
+    def spoil():
+        # In the last of the processes alone.
+        if fabric.global_rank == 1:
+            broken[3].weight[0, 0] = float("inf")
+
+    try:
+        trainer = Trainer(fabric=fabric, data=data, settings=dataclasses.replace(settings, accumulate=1))
+        trainer(broken, "broken", after_step=spoil)
+    except QuickspikeError as error:
+        found["broken"] = str(error)
+
     for name, limit in (("report", None), ("one batch", 60)):
         report = evaluate(qs.load(snn), data.loader("test", limit=limit), normed, (1, 2), fabric=fabric)
         found[name] = {key: report.to_json()[key] for key in ("samples", "accuracy", "agreement", "reference_accuracy", "rates")}
@@ -249,6 +262,15 @@ def test_a_batch_that_does_not_divide_is_refused(one: Any, two: Any) -> None:
     assert "odd" not in one[0]
     for found, _ in two:
         assert "63" in found["odd"]
+
+
+def test_a_loss_that_is_no_number_in_one_process_stops_all_with_its_diagnosis(one: Any, two: Any) -> None:
+    """The others would wait for it until a timeout that tells nothing."""
+    assert "broken" not in one[0]
+    (first, _), (second, _) = two
+    assert first["broken"] == second["broken"]
+    for part in ("stage broken", "epoch 1, step 2", "the parameter 3.weight", "learning rate"):
+        assert part in first["broken"]
 
 
 def test_processes_of_the_command_line_share_an_evaluation(folder: Path, tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from quickspike.data import DataSet, ImageStream
 from quickspike.errors import ConversionError
 from quickspike.evaluation import make_fabric
 from quickspike.graph import Site, Traced
-from quickspike.methods.rate_norm import RateNorm, RateNormLayer, fit_curve, measure_fit, omega, rate_inference_loss
+from quickspike.methods.rate_norm import RateNorm, RateNormLayer, fit_curve, mean_omega, measure_fit, omega, rate_inference_loss
 from quickspike.networks import digits_cnn
 from quickspike.neuron import Neuron
-from quickspike.training import History, Trainer, Training
+from quickspike.training import Answers, History, Trainer, Training
 
 F64 = torch.float64
 SITE = Site("relu", "relu", None, (7,))
@@ -67,11 +67,8 @@ def test_r1_forward_follows_the_updated_maximum() -> None:
         assert np.allclose(out.detach().numpy(), np.clip(x.numpy() / theta, 0, 1), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("way", ["eval", "locked"])
-def test_r1_evaluation_and_lock_leave_the_maximum(way: str) -> None:
+def test_r1_evaluation_leaves_the_maximum() -> None:
     layer = rate_norm(2.0)
-    layer.train(way == "locked")
-    layer.locked = way == "locked"
     x = torch.linspace(-5, 5, 70, dtype=F64).view(10, 7)
     for gradients in (False, True):
         with torch.set_grad_enabled(gradients):
@@ -227,6 +224,9 @@ class Recorder:
     def accuracy(self, module: nn.Module) -> float | None:
         return self.trainer.accuracy(module)
 
+    def answers(self, module: nn.Module) -> Answers:
+        return self.trainer.answers(module)
+
     @staticmethod
     def state(module: nn.Module) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in module.state_dict().items()}
@@ -304,11 +304,17 @@ def test_r7_training_needs_no_validation_images(speed_epochs: int, digits: DataS
     assert (float(layers_of(ann)[0].scale.detach()) != 2.5) == bool(speed_epochs)
 
 
-class Scripted:
-    """Lowers the scale by 1 in each stage, and tells accuracies as they were written down."""
+def answers_of(module: nn.Module) -> Answers:
+    frozen = copy.deepcopy(module).eval().requires_grad_(False)
+    return lambda images: frozen(images).detach()
 
-    def __init__(self, accuracies: list[float | None]) -> None:
+
+class Scripted:
+    """Lowers the scale in each stage, by 1 if nothing is said, and tells accuracies as they were written down."""
+
+    def __init__(self, accuracies: list[float | None], steps: tuple[float, ...] = ()) -> None:
         self.accuracies: Iterator[float | None] = iter(accuracies)
+        self.steps = iter(steps or [1.0] * 99)
         self.fabric = make_fabric("cpu")
 
     def __call__(self, module: nn.Module, stage: str, **more: Any) -> History:
@@ -317,11 +323,14 @@ class Scripted:
             (scale,) = group["params"]
             assert group["weight_decay"] == 0
             with torch.no_grad():
-                scale -= 1
+                scale -= next(self.steps)
         return History(stage)
 
     def accuracy(self, module: nn.Module) -> float | None:
         return next(self.accuracies)
+
+    def answers(self, module: nn.Module) -> Answers:
+        return answers_of(module)
 
 
 @pytest.mark.parametrize(
@@ -333,6 +342,66 @@ def test_the_last_scale_within_the_tolerance_is_kept(accuracies: list[float | No
     images = ImageStream(torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
     ann = fit(source(), images, method, Scripted(accuracies))
     assert [float(layer.scale.detach()) for layer in layers_of(ann)] == pytest.approx([kept] * len(ann.sites))
+
+
+@pytest.mark.parametrize(
+    ("steps", "accuracies", "kept"),
+    [
+        ((1.0, -2.0), [90, 90, 90], 1.5),
+        ((-1.0, -1.0), [90, 90, 90], 2.5),
+        ((1.0, -0.5), [90, 80, 90], 2.0),
+        ((-1.0, -1.0), [None, None, None], 2.5),
+    ],
+    ids=["slower again", "slower from the start", "faster than the best that is accurate enough", "slower, nothing held out"],
+)
+def test_a_scale_that_is_no_faster_is_not_kept(steps: tuple[float, ...], accuracies: list[float | None], kept: float) -> None:
+    """A higher scale has higher thresholds, lower rates and a higher Omega."""
+    images = ImageStream(torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    ann = fit(source(), images, RateNorm(tolerance=1.0, speed_epochs=2), Scripted(accuracies, steps))
+    assert [float(layer.scale.detach()) for layer in layers_of(ann)] == pytest.approx([kept] * len(ann.sites))
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_mean_omega_is_that_of_the_layers_and_logits(unit: bool, digits_calibration: Tensor) -> None:
+    images = digits_calibration[:50]
+    ann = fit(source(), ImageStream(images), RateNorm(unit_spikes=unit, scale=0.0))
+    seen: list[np.ndarray] = []
+    layers = layers_of(ann)
+    handles = [
+        layer.register_forward_hook(lambda layer, _, out: seen.append((out / (1 if unit else layer.threshold)).numpy())) for layer in layers
+    ]
+    with torch.no_grad():
+        logits = ann.module(images).double().numpy()
+    for handle in handles:
+        handle.remove()
+    rates = [*seen, np.maximum(logits, 0) / logits.max()]
+    assert all(rate.min() >= 0 and rate.max() <= 1 + 1e-6 for rate in rates)
+    assert mean_omega(ann, images) == pytest.approx(np.mean([rate.sum() / np.square(rate).sum() for rate in rates]), rel=1e-4)
+
+
+def test_r8_in_mixed_precision_too(digits: DataSet, digits_calibration: Tensor) -> None:
+    """The reference rounds as the network does, so that at the start their answers are the same to the bit."""
+    fabric = make_fabric("cpu", "bf16-mixed")
+    train = Trainer(fabric=fabric, data=digits, settings=Training(epochs=1, batch_size=64, learning_rate=0.01))
+    ann = fit(source(), ImageStream(digits_calibration[:100]), RateNorm(speed_epochs=0), train)
+    reference, losses = train.answers(ann.module), []
+    images = digits_calibration[:64].contiguous(memory_format=torch.channels_last)
+    with fabric.autocast():
+        assert torch.equal(reference(images), ann.module(images).float())
+    stage = RateNorm(weight=0.0, speed_epochs=1, tolerance=100.0)
+
+    def watched(module: nn.Module, name: str, *, loss: Any = None, **more: Any) -> History:
+        def noted(network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+            losses.append(loss(network, images, targets))
+            return losses[-1]
+
+        return train(module, name, loss=noted, **more)
+
+    watched.answers, watched.accuracy = train.answers, train.accuracy  # type: ignore[attr-defined]
+    stage._speed_up(ann, layers_of(ann), digits_calibration[:50], watched)
+    assert float(losses[0].detach()) == pytest.approx(0, abs=3e-7)
+    for layer in layers_of(ann):
+        assert float(layer.scale.detach()) == pytest.approx(2.5, abs=1e-4)
 
 
 def test_r8_the_reference_of_the_cosine_does_not_move() -> None:
@@ -354,10 +423,10 @@ def test_r8_the_reference_of_the_cosine_does_not_move() -> None:
     assert values[3] > values[2] > values[1]
 
 
-def frozen_reference(ann: Traced) -> nn.Module:
+def frozen_reference(ann: Traced) -> Answers:
     for layer in layers_of(ann):
         layer.omega = None
-    return copy.deepcopy(ann.module).eval()
+    return answers_of(ann.module)
 
 
 def test_r8_the_loss_at_the_start_is_zero_and_flat(stages: tuple[Recorder, Traced, RateNorm], digits_calibration: Tensor) -> None:

@@ -353,7 +353,7 @@ def test_files_lie_where_they_belong(done: Done) -> None:
     files = {str(path.relative_to(done.out.parent)) for path in done.out.parent.rglob("*") if path.is_file()}
     [digest] = [path.name for path in (done.out.parent / "sources").iterdir()]
     seed = ("ann.ckpt", "tune.ckpt", "metrics.csv", "converted.safetensors", "tuned.safetensors", "run.json")
-    source = ("source.ckpt", "metrics.csv", "recipe.toml", "weights.safetensors")
+    source = ("source.ckpt", "metrics.csv", "recipe.toml", "seconds.json", "weights.safetensors")
     expected = {f"digits/seed{number}/{name}" for number in (0, 1) for name in seed} | {"digits/result.json"}
     assert files == expected | {f"sources/{digest}/seed{number}/{name}" for number in (0, 1) for name in source}
     assert (done.out.parent / "sources" / digest / "seed0" / "recipe.toml").read_text() == TEXT
@@ -569,6 +569,31 @@ def test_an_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(
         assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
     # What was done was not done again.
     assert stages.epochs == 8 - before
+
+
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_sessions(fabric: Any, tmp_path: Path) -> None:
+    """The checkpoints are made to say that their epochs took very long."""
+    two = Training(epochs=2, batch_size=512, learning_rate=0.001)
+    recipe, place = small(source=two, train=two, tune=two, text="mine"), Place(out=tmp_path / "runs" / "small", fabric=fabric)
+    with pytest.raises(Interrupted):
+        # In the second epoch of the tuning, of two batches each.
+        run_recipe(recipe, dataclasses.replace(place, watcher=Stages((3, 3))))
+    folder = place.out / "seed0"
+    for name, seconds in (("ann", [1000.0, 200.0]), ("tune", [4000.0])):
+        state = torch.load(folder / f"{name}.ckpt", weights_only=True)
+        assert len(state["rows"]) == len(seconds)
+        for row, value in zip(state["rows"], seconds, strict=True):
+            row["seconds"] = value
+        torch.save(state, folder / f"{name}.ckpt")
+    [took] = tmp_path.glob("runs/sources/*/seed0/seconds.json")
+    [run] = run_recipe(recipe, dataclasses.replace(place, resume=True))["runs"]
+    assert run["seconds"]["source"] == json.loads(took.read_text()) > 0
+    assert 1200 < run["seconds"]["train and convert"] < 1500
+    assert 4000 < run["seconds"]["tune"] < 4300
+    [again] = run_recipe(recipe, dataclasses.replace(place, out=tmp_path / "runs" / "again"))["runs"]
+    # Its source network was there already.
+    assert set(again["seconds"]) == {"train and convert", "tune"}
+    assert max(again["seconds"].values()) < 300
 
 
 def test_a_finished_run_that_is_resumed_gives_the_same(done: Done, fabric: Any) -> None:

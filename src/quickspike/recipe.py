@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -308,6 +309,8 @@ class _Seed:
         self.recipe, self.place, self.data, self.seed, self.fabric = recipe, place, data, seed, place.fabric
         self.folder = place.out / f"seed{seed}"
         self.seconds: dict[str, float] = {}
+        """What each part took; of epochs from a checkpoint what they took then."""
+        self.resumed: list[float] = []
 
     def run(self) -> dict[str, Any]:
         done = self.folder / "run.json"
@@ -371,7 +374,15 @@ class _Seed:
             resume=self.place.resume,
             tensorboard=self.place.tensorboard,
             watcher=self.place.watcher,
+            resumed=self.resumed,
         )
+
+    @contextlib.contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        self.resumed.clear()
+        yield
+        self.seconds[part] = sum(self.resumed) + time.perf_counter() - started
 
     def _source(self) -> nn.Module:
         """The source network: random, or trained here, or by another recipe that trains the same one."""
@@ -389,35 +400,36 @@ class _Seed:
             ]
         )
         folder = self.place.out.parent / "sources" / digest / f"seed{self.seed}"
-        weights = folder / "weights.safetensors"
+        weights, took = folder / "weights.safetensors", folder / "seconds.json"
         if not weights.is_file():
-            started = time.perf_counter()
-            trainer = dataclasses.replace(self._trainer(settings, folder), resume=True)
-            network, _ = train(load_model(self.recipe.model, seed=self.seed), trainer)
+            with self._timed("source"):
+                trainer = dataclasses.replace(self._trainer(settings, folder), resume=True)
+                network, _ = train(load_model(self.recipe.model, seed=self.seed), trainer)
             if self.fabric.is_global_zero:
                 write_text(folder / "recipe.toml", self.recipe.text)
+                write_text(took, json.dumps(self.seconds["source"]) + "\n")
                 save_weights(network, weights)
-            self.seconds["source"] = time.perf_counter() - started
             self.fabric.barrier()
+        elif self.place.resume and took.is_file() and (folder / "recipe.toml").read_text(encoding="utf-8") == self.recipe.text:
+            # Trained before this run was interrupted.
+            self.seconds["source"] = json.loads(took.read_text(encoding="utf-8"))
         return load_model(self.recipe.model, weights)
 
     def _converted(self, source: nn.Module) -> tuple[Traced, SpikingNetwork]:
-        started = time.perf_counter()
         images = ImageStream(self.data.loader("train", limit=min(self.recipe.calibration, self.data.size("train"))))
         trainer = None if self.recipe.train is None else self._trainer(self.recipe.train, self.folder)
-        ann = fit(source, images, self.recipe.method, trainer)
-        snn = finish(ann, images, self.recipe.method)
+        with self._timed("train and convert"):
+            ann = fit(source, images, self.recipe.method, trainer)
+            snn = finish(ann, images, self.recipe.method)
         preprocessing = dataclasses.asdict(self.data.preprocessing)
         snn.provenance.update(model=self.recipe.model, data=self.recipe.data, preprocessing=preprocessing, seed=self.seed)
-        self.seconds["train and convert"] = time.perf_counter() - started
         return ann, snn
 
     def _tuned(self, snn: SpikingNetwork, source: nn.Module) -> SpikingNetwork:
-        started = time.perf_counter()
-        tuned = tune(snn, self._trainer(self.recipe.tune or Training(), self.folder), self.recipe.tuning, teacher=source)
+        with self._timed("tune"):
+            tuned = tune(snn, self._trainer(self.recipe.tune or Training(), self.folder), self.recipe.tuning, teacher=source)
         if self.fabric.is_global_zero:
             tuned.save(self.folder / "tuned.safetensors")
-        self.seconds["tune"] = time.perf_counter() - started
         return tuned
 
     def _measured(self, snn: SpikingNetwork) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """(network, images `[B, ...]`, targets `[B]` or `[B, K]`) to a scalar."""
+Answers = Callable[[Tensor], Tensor]
+"""Images `[B, ...]` to logits `[B, K]`, float32, without gradients."""
 Row = dict[str, float]
 
 
@@ -191,6 +194,9 @@ class Train(Protocol):
     def accuracy(self, module: nn.Module) -> float | None:
         """Accuracy on the validation images in percent; None if none are held out."""
 
+    def answers(self, module: nn.Module) -> Answers:
+        """What `module` answers to images now, whatever becomes of it, in the precision of the training."""
+
 
 class Watcher(Protocol):
     """Who shows progress."""
@@ -240,6 +246,8 @@ class Trainer:
     tensorboard: bool = False
     teacher: nn.Module | None = None
     """Whose answers the network learns (`Training.distill`); not modified."""
+    resumed: list[float] = field(default_factory=list)
+    """Gets the seconds of the epochs that a checkpoint holds, an entry for each stage that went on from one."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """What else a checkpoint has to agree with: options of the method, and what of a spiking network is tuned."""
 
@@ -268,6 +276,14 @@ class Trainer:
             return None
         with _own_randomness(self.fabric.device):
             return _accuracy(self.fabric, module, self._batches(self.settings))
+
+    def answers(self, module: nn.Module) -> Answers:
+        """See `Train.answers`.
+
+        Raises (when it is called):
+            DataError: the network cannot take the images, or answers with something else than finite logits.
+        """
+        return _answers(self.fabric, module, "the reference")
 
     def _batches(self, settings: Training) -> TrainingBatches:
         share = Share(self.fabric.global_rank, self.fabric.world_size)
@@ -318,7 +334,7 @@ def _every_step_of(module: nn.Module, stage: str) -> _EveryStep:
     return _EveryStep(module)
 
 
-def _loss_of(settings: Training, classes: int, answers: Callable[[Tensor], Tensor] | None) -> Loss:
+def _loss_of(settings: Training, classes: int, answers: Answers | None) -> Loss:
     """The loss of the settings.
 
     With `every_step` that of every answer after t steps counts alike (S. Deng et al., Temporal Efficient Training, ICLR
@@ -368,8 +384,8 @@ def divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
     return F.kl_div(softened, answers, log_target=True, reduction="batchmean") * temperature**2
 
 
-def _answers_of(trainer: Trainer, settings: Training) -> Callable[[Tensor], Tensor] | None:
-    """Images `[B, ...]` to the teacher's logits `[B, K]`; None without distillation.
+def _answers_of(trainer: Trainer, settings: Training) -> Answers | None:
+    """What the teacher answers; None without distillation.
 
     Raises:
         OptionError: there is no teacher.
@@ -378,23 +394,28 @@ def _answers_of(trainer: Trainer, settings: Training) -> Callable[[Tensor], Tens
         return None
     if trainer.teacher is None:
         raise OptionError(f"distill={settings.distill:g} needs a teacher: the network whose answers are to be learned")
-    teacher = trainer.fabric.to_device(copy_of(trainer.teacher))
-    if any(parameter.ndim == 4 for parameter in teacher.parameters()):
-        teacher.to(memory_format=torch.channels_last)
+    return _answers(trainer.fabric, trainer.teacher, "the teacher")
+
+
+def _answers(fabric: Fabric, network: nn.Module, what: str) -> Answers:
+    """What a copy of `network` answers, on the device and in the precision of the training."""
+    asked = fabric.to_device(copy_of(network))
+    if any(parameter.ndim == 4 for parameter in asked.parameters()):
+        asked.to(memory_format=torch.channels_last)
 
     def answers(images: Tensor) -> Tensor:
         try:
-            with torch.no_grad(), trainer.fabric.autocast():
-                found = teacher(images)
+            with torch.no_grad(), fabric.autocast():
+                found = asked(images)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
-            raise DataError(f"the teacher cannot take images {list(images.shape)}: {reason}") from error
+            raise DataError(f"{what} cannot take images {list(images.shape)}: {reason}") from error
         given = tensors(found)
         if not given or not bool(torch.isfinite(given[0]).all()):
-            what = "NaN or infinity among them" if given else type(found).__name__
-            raise DataError(f"the teacher has to answer with finite logits [B, K], got {what}")
+            got = "NaN or infinity among them" if given else type(found).__name__
+            raise DataError(f"{what} has to answer with finite logits [B, K], got {got}")
         return given[0].float()
 
     return answers
@@ -435,7 +456,7 @@ class _Stage:
         self.augmentation, self.about = trainer.augmentation, dict(trainer.about)
         if settings.distill and trainer.teacher is not None:
             self.about["teacher"] = digest(trainer.teacher.state_dict().values())
-        self.watcher, self.resume = trainer.watcher, trainer.resume
+        self.watcher, self.resume, self.resumed = trainer.watcher, trainer.resume, trainer.resumed
         self.after_step, self.mode = after_step, mode or nn.Module.train
         self.file = None if trainer.folder is None else trainer.folder / f"{stage}.ckpt"
         self.metrics = Metrics(trainer.folder if self.fabric.is_global_zero else None, trainer.tensorboard)
@@ -510,9 +531,9 @@ class _Stage:
             self.watcher.advance(len(images) * self.batches.share.processes)
         seconds = time.perf_counter() - started
         self._agree()
-        for name, parameter in self.module.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
-                raise TrainingError(f"stage {self.stage}, epoch {epoch + 1}: the parameter {name} is no finite number any more; {ADVICE}")
+        broken = [name for name, parameter in self.module.named_parameters() if not bool(torch.isfinite(parameter).all())]
+        where = f"stage {self.stage}, epoch {epoch + 1}"
+        self._stop_if(bool(broken), lambda: f"{where}: the parameter {broken[0]} is no finite number any more; {ADVICE}")
         row: Row = {
             "epoch": epoch + 1,
             "loss": _shared_mean(self.fabric, total, count),
@@ -545,8 +566,7 @@ class _Stage:
             with self.fabric.no_backward_sync(self.network, enabled=number < len(parts)):
                 loss = self.loss(self.network, part, part_targets) * (len(part) / len(images))
                 value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise TrainingError(self._diagnosis(epoch, index, part))
+                self._stop_if(not math.isfinite(value), partial(self._diagnosis, epoch, index, part))
                 self.fabric.backward(loss)
             total += value
         if self.settings.clip:
@@ -621,6 +641,7 @@ class _Stage:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{self.file} belongs to another network ({reason}); remove it to start this stage anew") from error
         self.rows, self.best = list(state["rows"]), state["best"]
+        self.resumed.append(sum(row["seconds"] for row in self.rows))
 
     def _where_to_go_on(self) -> str:
         if self.file is None:
@@ -628,6 +649,18 @@ class _Stage:
         return (
             f"stage {self.stage} was interrupted in epoch {len(self.rows) + 1}; {self.file} holds the epochs before it: go on with --resume"
         )
+
+    def _stop_if(self, broken: bool, diagnosis: Callable[[], str]) -> None:
+        """Raise TrainingError in every process if something broke in one of them, for which the others would wait for good."""
+        processes, rank = self.fabric.world_size, self.fabric.global_rank
+        if processes > 1:
+            mark = torch.tensor(float(processes - rank) if broken else 0.0, device=self.fabric.device)
+            first_broken = processes - int(cast(Tensor, self.fabric.all_reduce(mark, reduce_op="max")))
+        else:
+            first_broken = 0 if broken else 1
+        if first_broken < processes:
+            # One of them says why, so that all of them say the same.
+            raise TrainingError(self.fabric.broadcast(diagnosis() if rank == first_broken else "", src=first_broken))
 
     def _diagnosis(self, epoch: int, index: int, images: Tensor) -> str:
         with torch.no_grad(), self.fabric.autocast():

@@ -6,7 +6,6 @@ Networks", IJCAI 2021, arXiv 2105.11654.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from quickspike.method import Method, Paper, register
 from quickspike.neuron import NeuronParameters, unfold
 from quickspike.options import option
 from quickspike.structure import first
-from quickspike.training import Loss, Train, parameter_groups
+from quickspike.training import Answers, Loss, Train, parameter_groups
 
 if TYPE_CHECKING:
     from quickspike.conversion import SpikingNetwork
@@ -41,12 +40,15 @@ class RateNorm(Method):
     Stage 1 trains weights with p fixed. Stage 2 freezes everything but s, one for all layers, and minimises
     1 - cos(frozen network's logits, logits) + weight * mean of Omega, Omega = |r|_1/|r|_2^2, which bounds how far the
     rates of a spiking network are from r after t steps: K(t) = |r(t) - r|^2/|r|^2 < Omega/t (v(0) = 0; the paper
-    has 2 Omega/t). The last p whose accuracy stays within the tolerance is kept. Neurons get theta as it is.
+    has 2 Omega/t). Of the p after each epoch the one of least mean Omega is kept whose validation accuracy stays within the
+    tolerance. Neurons get theta as it is.
 
     Differs from the paper: layers pass on theta * r unless `unit_spikes` is set, which is the same network up to a factor
     per layer and lets a network trained with ReLU keep its function; the running maximum starts from calibration images
     instead of 1; the reference of the cosine is a frozen copy (the published code compares the network with itself); s
-    has no weight decay, which would pull p towards 1/2.
+    has no weight decay, which would pull p towards 1/2. Stage 2 looks at p after each epoch, the published code every 100
+    iterations, and takes mean Omega on the first calibration batch, not on the batches that s learns from; without
+    validation images mean Omega alone decides.
     """
 
     name: ClassVar[str] = "rate_norm"
@@ -83,14 +85,14 @@ class RateNorm(Method):
         train(ann.module, "accuracy", groups=parameter_groups(ann.module, [scale])[:-1])
         self._set(scale, self.scale)
         if self.speed_epochs:
-            self._speed_up(ann, layers, train)
+            self._speed_up(ann, layers, images.first, train)
 
-    def _speed_up(self, ann: Traced, layers: list[RateNormLayer], train: Train) -> None:
+    def _speed_up(self, ann: Traced, layers: list[RateNormLayer], images: Tensor, train: Train) -> None:
         """Stage 2."""
         scale = layers[0].scale
-        loss = rate_inference_loss(layers, copy.deepcopy(ann.module).eval(), self.weight)
+        loss = rate_inference_loss(layers, train.answers(ann.module), self.weight)
         start = train.accuracy(ann.module)
-        best = scale.detach().clone()
+        best, least = scale.detach().clone(), mean_omega(ann, images)
         for epoch in range(self.speed_epochs):
             train(
                 ann.module,
@@ -104,9 +106,9 @@ class RateNorm(Method):
                 schedule="constant",
                 ema=0.0,
             )
-            now = train.accuracy(ann.module)
-            if start is None or now is None or now >= start - self.tolerance:
-                best = scale.detach().clone()
+            now, speed = train.accuracy(ann.module), mean_omega(ann, images)
+            if speed < least and (start is None or now is None or now >= start - self.tolerance):
+                best, least = scale.detach().clone(), speed
         self._set(scale, best)
 
     @staticmethod
@@ -138,7 +140,7 @@ class RateNormLayer(nn.Module):
     def __init__(self, site: Site, scale: float, unit: bool) -> None:
         super().__init__()
         self.ceiling, self.unit = math.inf if site.ceiling is None else site.ceiling, unit
-        self.watched, self.locked = False, False
+        self.watched = False
         self.scale = nn.Parameter(torch.tensor(float(scale)))
         self.register_buffer("running_max", torch.tensor(0.0))
         self.omega: Tensor | None = None
@@ -149,8 +151,12 @@ class RateNormLayer(nn.Module):
         """theta, a scalar."""
         return self.running_max * torch.sigmoid(self.scale) + SMALLEST
 
+    def rates(self, out: Tensor) -> Tensor:
+        """R, in [0, 1], from what the layer gave."""
+        return out if self.unit else out / self.threshold.to(out)
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and not self.locked:
+        if self.training:
             self._follow(x.detach())
         if not self.watched:
             return x.clamp(0.0, self.ceiling)
@@ -183,19 +189,53 @@ def omega(rates: Tensor) -> Tensor:
     return rates.float().sum() / (rates.float().square().sum() + 1e-5)
 
 
-def rate_inference_loss(layers: list[RateNormLayer], reference: nn.Module, weight: float) -> Loss:
-    """1 - cos(reference's logits, logits) + weight * mean Omega over the layers and the logits (relu(y)/max(y))."""
+def omega_of_logits(logits: Tensor) -> Tensor:
+    """Omega of the logits `[B, K]`, which count as a layer: rates relu(y)/max(y)."""
+    positive = logits.relu()
+    return omega(positive / positive.max().clamp_min(SMALLEST))
+
+
+@torch.no_grad()
+def mean_omega(ann: Traced, images: Tensor) -> float:
+    """Omega of the fitted network in evaluation mode on `images`, `[B, ...]`: the mean over layers and logits."""
+    ann.module.eval()
+    measured = _Omegas(ann.module, {site.name: layer_at(site, ann.at(site)) for site in ann.sites})
+    logits = first(measured.run(images.to(next(ann.module.parameters())))).float()
+    return float(torch.stack([*measured.omegas, omega_of_logits(logits)]).mean())
+
+
+class _Omegas(fx.Interpreter):
+    """Omega of each layer on the way; its rates are not kept."""
+
+    def __init__(self, module: fx.GraphModule, layers: Mapping[str, RateNormLayer]) -> None:
+        super().__init__(module)
+        self.layers = layers
+        self.omegas: list[Tensor] = []
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        out = super().call_module(target, args, dict(kwargs))
+        if target in self.layers:
+            self.omegas.append(omega(self.layers[target].rates(out)))
+        return out
+
+
+def rate_inference_loss(layers: list[RateNormLayer], reference: Answers, weight: float) -> Loss:
+    """1 - cos(reference's logits, logits) + weight * mean Omega over the layers and the logits (relu(y)/max(y)).
+
+    Args:
+        layers: of the network that the loss is given.
+        reference: answers in the precision of the training, or the cosine would not be 1 at the start.
+        weight: of the mean of Omega.
+    """
 
     def loss(network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         logits = first(network(images)).float()
-        with torch.no_grad():
-            wanted = first(reference(images)).float()
-        positive = logits.relu()
+        wanted = reference(images)
         omegas = [layer.omega for layer in layers if layer.omega is not None]
         for layer in layers:
             # Kept longer, it would keep the whole graph of this batch in memory.
             layer.omega = None
-        omegas.append(omega(positive / positive.max().clamp_min(SMALLEST)))
+        omegas.append(omega_of_logits(logits))
         return 1 - F.cosine_similarity(wanted, logits, dim=1).mean() + weight * torch.stack(omegas).mean()
 
     return loss
@@ -229,7 +269,7 @@ def measure_fit(snn: SpikingNetwork, ann: Traced, images: Tensor) -> dict[str, d
     found: dict[str, dict[str, Any]] = {}
     for site in ann.sites:
         layer = layer_at(site, ann.at(site))
-        rate = rates.values[site.name] / (1.0 if layer.unit else layer.threshold)
+        rate = layer.rates(rates.values[site.name])
         fired = unfold(spikes.values[site.name].ne(0), snn.steps)
         bound = float(omega(rate))
         curve = fit_curve(fired.cumsum(0), rate).tolist()
