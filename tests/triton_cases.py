@@ -4,6 +4,7 @@ interprets is settled when it is imported.
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
@@ -52,6 +53,22 @@ def test_bytes_and_going_on_from_potentials(device: str) -> None:
     second, state = kernels.fire_on(x[6:], state, *moved, rule, torch.uint8)
     assert torch.equal(torch.cat([first, second]).cpu(), whole.ne(0).to(torch.uint8))
     assert torch.equal(state.cpu(), last)
+
+
+def test_they_run_on_the_device_of_their_tensors(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+        seen.append(x)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    currents, parameters = case((2, 4), 3, per_channel=True)
+    x, (v, theta, leak, amplitude) = currents.to(device).requires_grad_(True), (parameter.to(device) for parameter in parameters)
+    rule = _Rule(3, False, False, SURROGATES["boxcar"])
+    kernels.fused(x, v, theta, leak, amplitude, rule).sum().backward()
+    kernels.count(x, v, theta, leak, rule, 1, torch.uint8)
+    assert [one.data_ptr() for one in seen] == [x.data_ptr()] * 3
 
 
 @pytest.mark.parametrize("divisor", [1, 7])

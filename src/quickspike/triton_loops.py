@@ -43,6 +43,7 @@ def forward(
     size: tl.constexpr,
 ):
     """`loops.forward`; `height` holds numbers in the type of `out`."""
+    row = tl.cast(number, tl.int64)  # T rows may hold more than 2^31 numbers
     place = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
     inside = place < number
     channel = (place // inner) % channels
@@ -50,11 +51,11 @@ def forward(
     lk, high = _parameter(leak, channel, single_leak), _parameter(height, channel, single_height)
     v = tl.load(state + place, inside, 0.0) if resume else _parameter(v0, channel, single_v0) + tl.zeros((size,), tl.float32)
     for t in range(steps):
-        current = tl.load(x + (place if constant else place + t * number), inside, 0.0).to(tl.float32)
+        current = tl.load(x + (place if constant else place + t * row), inside, 0.0).to(tl.float32)
         m = current + lk * v
         spikes = m >= fa
         v = m - tl.where(spikes, th, 0.0)
-        tl.store(out + place + t * number, tl.where(spikes, high, 0).to(out.dtype.element_ty), inside)
+        tl.store(out + place + t * row, tl.where(spikes, high, 0).to(out.dtype.element_ty), inside)
     if keep:
         tl.store(state + place, v, inside)
 
@@ -123,6 +124,7 @@ def backward(
     size: tl.constexpr,
 ):
     """`loops.backward`; `potentials` `[T, N]` is room to work in, `sums` `[4, N]` takes every neuron's share."""
+    row = tl.cast(number, tl.int64)  # T rows may hold more than 2^31 numbers
     place = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
     inside = place < number
     channel = (place // inner) % channels
@@ -133,16 +135,16 @@ def backward(
     factor = (scale if unscaled else high * scale) * inverse
     v = begin
     for t in range(steps):
-        current = tl.load(x + (place if constant else place + t * number), inside, 0.0).to(tl.float32)
+        current = tl.load(x + (place if constant else place + t * row), inside, 0.0).to(tl.float32)
         m = current + lk * v
         v = m - tl.where(m >= fa, th, 0.0)
-        tl.store(potentials + place + t * number, m, inside)
+        tl.store(potentials + place + t * row, m, inside)
     zero = tl.zeros((size,), tl.float32)
     dv, total, to_theta, to_leak, to_height = zero, zero, zero, zero, zero
     for back in range(steps):
         t = steps - 1 - back
-        m = tl.load(potentials + place + t * number, inside, 0.0)
-        gradient = tl.load(g + place + t * number, inside, 0.0).to(tl.float32)
+        m = tl.load(potentials + place + t * row, inside, 0.0)
+        gradient = tl.load(g + place + t * row, inside, 0.0).to(tl.float32)
         distance = tl.abs(m * inverse - 1.0) * width
         slope = tl.maximum(1.0 - distance, 0.0) if triangular else tl.where(distance < 1.0, 1.0, 0.0)
         e = slope * gradient * factor
@@ -150,23 +152,23 @@ def backward(
         to_theta -= e * m * inverse + tl.where(spikes, dv, 0.0)
         to_height += gradient if unscaled else tl.where(spikes, gradient, 0.0)
         dv += e
-        before = tl.load(potentials + place + (t - 1) * number, inside & (t > 0), 0.0)
+        before = tl.load(potentials + place + (t - 1) * row, inside & (t > 0), 0.0)
         earlier = tl.where(t > 0, before - tl.where(before >= fa, th, 0.0), begin)
         to_leak += dv * earlier
         if constant:
             total += dv
         else:
-            tl.store(dx + place + t * number, dv.to(dx.dtype.element_ty), inside)
+            tl.store(dx + place + t * row, dv.to(dx.dtype.element_ty), inside)
         dv = lk * dv
     if constant:
         tl.store(dx + place, total.to(dx.dtype.element_ty), inside)
     tl.store(sums + place, to_theta, inside)
-    tl.store(sums + place + number, to_leak, inside)
-    tl.store(sums + place + 2 * number, to_height, inside)
-    tl.store(sums + place + 3 * number, dv, inside)
+    tl.store(sums + place + row, to_leak, inside)
+    tl.store(sums + place + 2 * row, to_height, inside)
+    tl.store(sums + place + 3 * row, dv, inside)
 
 
-# Launching them
+# Launching them, on the device of the tensors, which need not be the current one: elsewhere their addresses mean nothing.
 
 
 def _grid(number):
@@ -181,51 +183,53 @@ def fire(current, out, state, resume, v, theta, fires_at, leak, height, channels
     """Fill `out`; see `kernels.fire`. `height` is rounded to the type of `out` already."""
     number = out.numel() // rule.steps
     # Without state its pointer is not used. No fused multiply-add: it rounds once where all other engines round twice.
-    forward[_grid(number)](
-        current,
-        out,
-        current if state is None else state,
-        _flat(v),
-        _flat(theta),
-        _flat(fires_at),
-        _flat(leak),
-        _flat(height),
-        number,
-        channels,
-        inner,
-        rule.steps,
-        constant=rule.constant,
-        resume=resume,
-        keep=state is not None,
-        single_v0=v.numel() == 1,
-        single_theta=theta.numel() == 1,
-        single_leak=leak.numel() == 1,
-        single_height=height.numel() == 1,
-        size=BLOCK,
-        enable_fp_fusion=False,
-    )
+    with torch.cuda.device_of(current):
+        forward[_grid(number)](
+            current,
+            out,
+            current if state is None else state,
+            _flat(v),
+            _flat(theta),
+            _flat(fires_at),
+            _flat(leak),
+            _flat(height),
+            number,
+            channels,
+            inner,
+            rule.steps,
+            constant=rule.constant,
+            resume=resume,
+            keep=state is not None,
+            single_v0=v.numel() == 1,
+            single_theta=theta.numel() == 1,
+            single_leak=leak.numel() == 1,
+            single_height=height.numel() == 1,
+            size=BLOCK,
+            enable_fp_fusion=False,
+        )
 
 
 def count_spikes(current, out, v, theta, fires_at, leak, channels, inner, divisor, rule):
     """Fill `out`; see `kernels.count`."""
-    count[_grid(out.numel())](
-        current,
-        out,
-        _flat(v),
-        _flat(theta),
-        _flat(fires_at),
-        _flat(leak),
-        out.numel(),
-        channels,
-        inner,
-        rule.steps,
-        float(divisor),
-        single_v0=v.numel() == 1,
-        single_theta=theta.numel() == 1,
-        single_leak=leak.numel() == 1,
-        size=BLOCK,
-        enable_fp_fusion=False,
-    )
+    with torch.cuda.device_of(current):
+        count[_grid(out.numel())](
+            current,
+            out,
+            _flat(v),
+            _flat(theta),
+            _flat(fires_at),
+            _flat(leak),
+            out.numel(),
+            channels,
+            inner,
+            rule.steps,
+            float(divisor),
+            single_v0=v.numel() == 1,
+            single_theta=theta.numel() == 1,
+            single_leak=leak.numel() == 1,
+            size=BLOCK,
+            enable_fp_fusion=False,
+        )
 
 
 def gradients(current, gradient, dx, v, theta, fires_at, leak, amplitude, channels, inner, rule):
@@ -234,31 +238,32 @@ def gradients(current, gradient, dx, v, theta, fires_at, leak, amplitude, channe
     potentials = current.new_empty((rule.steps, number), dtype=torch.float32)
     sums = current.new_empty((4, number), dtype=torch.float32)
     surrogate = rule.surrogate
-    backward[_grid(number)](
-        current,
-        gradient,
-        dx,
-        potentials,
-        _flat(v),
-        _flat(theta),
-        _flat(fires_at),
-        _flat(leak),
-        _flat(amplitude),
-        sums,
-        number,
-        channels,
-        inner,
-        rule.steps,
-        1 / surrogate.width,
-        surrogate.scale,
-        constant=rule.constant,
-        triangular=surrogate.shape == "triangular",
-        unscaled=surrogate.unscaled,
-        single_v0=v.numel() == 1,
-        single_theta=theta.numel() == 1,
-        single_leak=leak.numel() == 1,
-        single_height=amplitude.numel() == 1,
-        size=BLOCK,
-        enable_fp_fusion=False,
-    )
+    with torch.cuda.device_of(current):
+        backward[_grid(number)](
+            current,
+            gradient,
+            dx,
+            potentials,
+            _flat(v),
+            _flat(theta),
+            _flat(fires_at),
+            _flat(leak),
+            _flat(amplitude),
+            sums,
+            number,
+            channels,
+            inner,
+            rule.steps,
+            1 / surrogate.width,
+            surrogate.scale,
+            constant=rule.constant,
+            triangular=surrogate.shape == "triangular",
+            unscaled=surrogate.unscaled,
+            single_v0=v.numel() == 1,
+            single_theta=theta.numel() == 1,
+            single_leak=leak.numel() == 1,
+            single_height=amplitude.numel() == 1,
+            size=BLOCK,
+            enable_fp_fusion=False,
+        )
     return sums
