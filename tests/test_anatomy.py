@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -239,6 +240,10 @@ def test_advice_is_given_where_it_is_needed() -> None:
     assert "theta/2" in advice(site(0.5, 0.5, "quantisation", initial=0.0))
     assert "theta/2" not in advice(site(0.5, 0.5, "quantisation"))
     assert "sites before it" in advice(site(0.5, 0.0, "inherited"))
+    assert "before" not in advice(site(0.5, 0.5, "clipping"))
+    mixed = site(0.5, 0.1, "clipping")
+    mixed = dataclasses.replace(mixed, shares=mixed.shares | {"clipping": 0.2, "inherited": 0.8})
+    assert "20 % of it clipping (80 % comes from the sites before it); raise" in advice(mixed)
 
 
 def test_what_has_no_anatomy_is_refused(spiking_digits: Digits, digits_test: tuple[Tensor, Tensor]) -> None:

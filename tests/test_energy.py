@@ -207,6 +207,9 @@ def test_published_figures_come_out_of_their_formulas() -> None:
     for claim in CLAIMS.values():
         assert claim.source.startswith("arXiv ")
         assert claim.caveat
+    # Whether the figure can be checked is said where it cannot.
+    assert "published" in claim_of("rate_norm").caveat
+    assert claim_of("rate_norm").formula.startswith("S / S'")
     with pytest.raises(OptionError, match="has to spike"):
         relative_spikes(5, 0)
     with pytest.raises(UnknownNameError, match="diet_snn"):

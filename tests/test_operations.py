@@ -278,6 +278,7 @@ def test_a_chip_without_multipliers_leaves_the_first_layer_to_others() -> None:
 
 def test_devices_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quickspike.energy.DEVICES", dict(DEVICES))
+    assert (qs.Device, qs.register_device) == (Device, register_device)
     register_device(Device("mine", add=1.0, multiply=9.0, source="measured"))
     assert energy_of(Operations(ROWS, 1, 2, "once"), "mine", "papers").spiking == 100 * 10 + 300
     with pytest.raises(UnknownNameError, match="unknown device 'miney'; did you mean 'mine'"):

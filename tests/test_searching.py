@@ -52,9 +52,11 @@ def test_what_took_more_than_twice_as_long_hides_nothing() -> None:
     def made(accuracy: float, seconds: float) -> Trial:
         return dataclasses.replace(trial(4, accuracy), seconds=seconds)
 
-    trained, calibrated = made(90, 100.0), made(80, 10.0)
+    trained, calibrated = made(90, 300.0), made(80, 10.0)
     assert set(front([trained, calibrated])) == {trained, calibrated}
-    assert front([made(90, 19.0), calibrated]) == (made(90, 19.0),)
+    # The first trial compiles, and a busy machine is slow.
+    assert front([made(90, 60.0), calibrated]) == (made(90, 60.0),)
+    assert front([made(90, 1900.0), made(80, 1000.0)]) == (made(90, 1900.0),)
     # Time alone is no merit: it is never the same twice.
     assert set(front([made(90, 1.0), made(90, 100.0)])) == {made(90, 1.0), made(90, 100.0)}
 

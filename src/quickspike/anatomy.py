@@ -388,10 +388,11 @@ def advice(site: SiteAnatomy) -> str:
     if site.error < NOTABLE:
         return ""
     source = main_source(site.sizes) if site.own >= NOTABLE else max(site.shares, key=lambda name: site.shares[name])
-    share, remedy = 100 * site.shares[source], REMEDIES[source]
+    share, inherited, remedy = 100 * site.shares[source], 100 * site.shares["inherited"], REMEDIES[source]
     if source == "quantisation" and site.initial < 0.4:
         remedy = f"start at v(0) = theta/2 (initial=0.5), {remedy}"
-    return f"{site.site}: error {100 * site.error:.0f} % of the activations, {share:.0f} % of it {source}; {remedy}"
+    rest = f" ({inherited:.0f} % comes from the sites before it)" if inherited > share and source != "inherited" else ""
+    return f"{site.site}: error {100 * site.error:.0f} % of the activations, {share:.0f} % of it {source}{rest}; {remedy}"
 
 
 def main_source(sizes: Mapping[str, float]) -> str:

@@ -157,10 +157,11 @@ def _lead(entries: Sequence[Entry]) -> str:
     return text + ("." if report.reference_accuracy is None else f"; its source network {report.reference_accuracy:.2f} %.")
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def _table(headings: Sequence[str], rows: Sequence[Sequence[object]], wrapped: bool = False) -> str:
     head = "".join(f"<th>{_text(heading)}</th>" for heading in headings)
     body = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    kind = " class=wrapped" if wrapped else ""
+    return f"<div class=scroll><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _section(heading: str, *parts: str) -> str:
@@ -215,7 +216,8 @@ def _accuracy(entries: Sequence[Entry]) -> str:
     ]
     if reference is not None:
         rows.append(["source network", *[f"{reference:.2f}"] * len(steps)])
-    picture = _drawing(7, 3.4, draw, "accuracy", "accuracy against the number of time steps")
+    # One point is no curve.
+    picture = _drawing(7, 3.4, draw, "accuracy", "accuracy against the number of time steps") if len(steps) > 1 else ""
     return _section("Accuracy", picture, _table(["accuracy in %", *(f"T = {step}" for step in steps)], rows))
 
 
@@ -237,13 +239,13 @@ def _front(trials: Sequence[Trial]) -> str:
         reached.append((max(map(value, trials)), reached[-1][1]))
         axes.step(*zip(*reached, strict=True), where="post", color=INK, linewidth=0.8)
         axes.axhline(reference, linestyle="--", color=INK, linewidth=0.8)
-        axes.set_xscale("log", base=2)
         axes.set_xlabel(label)
         axes.set_ylabel("accuracy in %")
         axes.grid(alpha=0.25)
 
     def by_latency(axes: Any) -> None:
         draw(axes, lambda trial: trial.latency, "latency in time steps")
+        axes.set_xscale("log", base=2)
         steps = sorted({2 ** round(math.log2(trial.latency)) for trial in trials})
         axes.set_xticks(steps, [str(step) for step in steps])
         axes.minorticks_off()
@@ -254,7 +256,12 @@ def _front(trials: Sequence[Trial]) -> str:
 
         def by_energy(axes: Any) -> None:
             draw(axes, lambda trial: (trial.energy or 0.0) / 1e3, "energy of an image in nJ")
-            axes.xaxis.set_major_formatter("{x:,.4g}")
+            energies = [trial.energy or 0.0 for trial in trials]
+            if max(energies) > 10 * min(energies):
+                axes.set_xscale("log")
+            else:
+                axes.set_xlim(left=0)
+            axes.xaxis.set_major_formatter("{x:,.6g}")
 
         pictures.append(_drawing(4.4, 3.2, by_energy, "front-energy", "accuracy against energy"))
     key = "".join(f'<span class=key><i style="background:{colours[name]}"></i>{_text(name)}</span>' for name in names)
@@ -271,7 +278,7 @@ def _front(trials: Sequence[Trial]) -> str:
         f"<p class=note>{len(trials)} conversions on the same images, each a dot; the line is the best accuracy up to there, dashed is the "
         "source network. The table holds those that no other one beats in latency, accuracy"
         + (", energy and time" if priced else " and time")
-        + ": seconds is what making and measuring it took, and counts where it is more than twice as long.</p>"
+        + ": seconds is what making and measuring it took, and counts where it is more than twice as long and a minute longer.</p>"
     )
     return _section("What accuracy takes", f"<div class=row>{''.join(pictures)}</div><p class=note>{key}</p>", _table(headings, rows), note)
 
@@ -314,12 +321,14 @@ def _errors(entry: Entry, key: str) -> str:
 
 def _joins(found: Anatomy) -> str:
     """What residual joins pass on."""
-    rows = [(one.site, name, f"{100 * share:.0f} %") for one in found.sites for name, share in one.branches.items()]
+    rows = [
+        (one.site, ", ".join(f"{name} {100 * share:.0f} %" for name, share in one.branches.items())) for one in found.sites if one.branches
+    ]
     note = (
         "<p class=note>A residual join adds up, which has no error of its own: it passes on those of its branches, as part of what the "
-        "site behind it inherits. Shares of the error of the sum; one below 0 cancels others.</p>"
+        "site behind it inherits. A share below 0 cancels others.</p>"
     )
-    return "" if not rows else _table(["site behind a join", "branch", "share of the error"], rows) + note
+    return "" if not rows else _table(["site behind a residual join", "shares of its error, by branch"], rows, wrapped=True) + note
 
 
 def _network(entry: Entry, key: str) -> str:
@@ -377,7 +386,7 @@ def _neurons(entry: Entry, key: str) -> str:
             row += _parameters(entry.snn.neuron(site))
         rows.append(row)
     headings = ["site", "spikes a step", *(("rates 0 to 1", "silent", "saturated", "outside") if shares else ())]
-    headings += ["threshold", "v(0)", "leak"] if entry.snn is not None else []
+    headings += ["threshold", "v(0)/theta", "leak"] if entry.snn is not None else []
     note = (
         "<p class=note>Rates: how the neurons divide among rates from 0 to 1, heights drawn as roots, so that rare ones show. Silent, "
         "saturated: shares that fired never, or at every step. Outside: share whose potential ended below 0 or above the threshold, so "
@@ -400,7 +409,7 @@ def _parameters(neuron: Neuron) -> list[str]:
     theta = neuron.threshold.detach()
     low, high = float(theta.min()), float(theta.max())
     spread = f"{low:.3g}" if low == high else f"{float(theta.mean()):.3g} ({low:.3g} to {high:.3g})"
-    return [spread, f"{float(neuron.initial.detach().mean()):.3g} theta", f"{float(neuron.leak.detach().mean()):.3g}"]
+    return [spread, f"{float(neuron.initial.detach().mean()):.3g}", f"{float(neuron.leak.detach().mean()):.3g}"]
 
 
 def _cost(entry: Entry, key: str) -> str:
@@ -439,7 +448,7 @@ def _cost(entry: Entry, key: str) -> str:
         claims = "".join(f"<li>{_text(claim.source.partition(',')[0])}: {_text(claim.caveat)}</li>" for claim in CLAIMS.values())
         parts += [
             f"<ul class=note>{items}</ul>",
-            _table(["as papers count it", "formula", "published", "here"], papers),
+            _table(["as papers count it", "formula", "published", "here"], papers, wrapped=True),
             f"<ul class=note>{claims}</ul>",
         ]
     return _section("What it costs", *parts)
@@ -538,15 +547,16 @@ body { margin: 0 auto; max-width: 56rem; padding: 2rem 1.25rem 4rem; color: var(
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; }
 h2.network { font-size: 1.4rem; border-top: 2px solid var(--line); padding-top: 1.5rem; }
 .lead { font-size: 1.1rem; margin: 0; } .note { color: var(--soft); font-size: .9rem; }
-figure { margin: 0; } svg { display: block; width: 100%; height: auto; }
+figure { margin: .75rem 0; } svg { display: block; width: 100%; height: auto; }
 svg.bars { display: inline-block; width: auto; height: 1rem; fill: currentColor; vertical-align: middle; }
 .key { display: inline-block; margin-right: 1rem; } .key i { display: inline-block; width: .7rem; height: .7rem; border-radius: 50%;
   margin-right: .35rem; }
 .row { display: flex; gap: 1.5rem; align-items: center; flex-wrap: wrap; } .row img { width: 10rem; image-rendering: pixelated; }
 .row figure { flex: 1 1 18rem; max-width: 28rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: .3rem .45rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } thead th { color: var(--soft); font-weight: 600; }
+table.wrapped td { white-space: normal; } table.wrapped :is(th, td):nth-child(2) { text-align: left; }
 tbody tr:nth-child(even) { background: var(--band); }
 pre { background: var(--band); padding: .75rem; overflow-x: auto; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 @media print {

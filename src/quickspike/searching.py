@@ -37,6 +37,9 @@ from quickspike.operations import count_operations
 from quickspike.provenance import digest
 from quickspike.training import Trainer
 
+A_WHILE = 60.0
+"""Seconds by which the wall-clock times of two trials have to differ, to count."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -223,9 +226,9 @@ def front(trials: Sequence[Trial]) -> tuple[Trial, ...]:
     """The Pareto front: trials that no other one beats, by latency.
 
     One trial beats another that it equals or surpasses in latency, accuracy and energy, and surpasses in one of them, unless
-    it took more than twice as long (`seconds`: conversion, training, measurement). Time is measured and never the same
-    twice, so that smaller differences say nothing, and no trial beats another by its time alone: what a training gained is
-    not to hide what is to be had without one.
+    it took more than twice as long, and a minute longer (`seconds`: conversion, training, measurement): what a training
+    gained is not to hide what is to be had without one. Time is measured and never the same twice, so that smaller
+    differences, such as what is compiled in the first trial, say nothing, and no trial beats another by its time alone.
 
     Args:
         trials: of one search, or with energies of one device; a trial without energy counts as one that takes none.
@@ -233,7 +236,9 @@ def front(trials: Sequence[Trial]) -> tuple[Trial, ...]:
 
     def beats(one: Trial, other: Trial) -> bool:
         pairs = [(one.latency, other.latency), (-one.accuracy, -other.accuracy), (one.energy or 0.0, other.energy or 0.0)]
-        return one.seconds <= 2 * other.seconds and all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+        if one.seconds > max(2 * other.seconds, other.seconds + A_WHILE):
+            return False
+        return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
     return tuple(sorted((trial for trial in trials if not any(beats(other, trial) for other in trials)), key=_order))
 
