@@ -20,7 +20,8 @@ from quickspike.data import DataSet
 from quickspike.evaluation import make_fabric
 from quickspike.graph import Site
 from quickspike.method import Method
-from quickspike.methods.diet_snn import DietSNN, find_thresholds
+from quickspike.methods.diet_snn import DietSNN, find_thresholds, sites_in_blocks
+from quickspike.models import load_model
 from quickspike.neuron import Neuron, NeuronParameters, Surrogate
 from quickspike.training import History, Trainer, Training
 from quickspike.tuning import Tuning
@@ -418,6 +419,35 @@ def test_a_layer_without_positive_currents_gets_the_threshold_one(caplog: pytest
     snn = qs.convert(network, inputs(), DietSNN(scaling=1.0, calibration_steps=4))
     assert float(snn.neuron("3").threshold) == 1.0
     assert "site 3" in caplog.text
+
+
+@pytest.mark.parametrize("height", ["unit", "threshold", "found"])
+def test_the_published_threshold_of_residual_blocks(height: str) -> None:
+    """The three layers of the stem keep thresholds from data; all others start at one number, whatever the scaling."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = load_model("resnet20_wide,pool=average,width=2")
+        images = torch.rand(8, 3, 32, 32)
+    options = {"steps": 2, "scaling": 0.2, "calibration_steps": 4, "calibration_batch": 4, "height": height}
+    data, published = (qs.convert(network, images, DietSNN(**options, default_threshold=value)) for value in (0.0, 0.4))
+    names = [site.name for site in published.sites]
+    assert sites_in_blocks(published) == names[3:]
+    for name in names:
+        one, other = data.neuron(name), published.neuron(name)
+        if name in names[:3]:
+            assert torch.equal(one.threshold, other.threshold)
+            assert torch.equal(one.amplitude, other.amplitude)
+        else:
+            assert float(other.threshold.detach()) == pytest.approx(0.4)
+            assert float(one.threshold.detach()) != pytest.approx(0.4, rel=1e-3)
+            assert float(other.amplitude.detach()) == pytest.approx(0.4 if height == "found" else 1.0)
+
+
+def test_networks_without_residual_blocks_have_none(digits_calibration: Tensor) -> None:
+    plain, with_default = (small(digits_calibration, steps=2, default_threshold=value) for value in (0.0, 0.4))
+    assert sites_in_blocks(plain) == []
+    for name, neuron in plain.neurons().items():
+        assert torch.equal(neuron.threshold, with_default.neuron(name).threshold)
 
 
 # Fine-tuning

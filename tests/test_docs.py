@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
 import json
 import re
@@ -10,6 +12,7 @@ import sys
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,10 +20,15 @@ from torch import nn
 import quickspike as qs
 from quickspike import method
 from quickspike.cli import main
+from quickspike.data import DataSet, Images
 from quickspike.demo import run_demo
+from quickspike.graph import trace
 from quickspike.method import all_methods
+from quickspike.methods.rate_encoded import EncodedInput
+from quickspike.models import load_model
 from quickspike.operators import FUNCTIONS, LAYERS
-from quickspike.recipe import read_recipe
+from quickspike.preprocessing import PREPROCESSING
+from quickspike.recipe import plan, read_recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,13 +108,115 @@ def test_the_page_on_adding_a_method_adds_one(digits_source, digits, tmp_path, m
     del sys.modules["added"]
 
 
+RECIPES = sorted((ROOT / "recipes").glob("*/*.toml"))
+
+# What the five papers report: method, data, network, numbers of steps (0: none is given).
+PUBLISHED = [
+    ("diet_snn", "CIFAR-10", "ResNet-20 wide", (5, 10, 25)),
+    ("diet_snn", "CIFAR-10", "VGG-16", (5, 10, 20)),
+    ("diet_snn", "CIFAR-10", "VGG-6", (5, 10, 15)),
+    ("diet_snn", "CIFAR-100", "ResNet-20 wide", (5, 25)),
+    ("diet_snn", "CIFAR-100", "VGG-16", (5, 20)),
+    ("diet_snn", "ImageNet", "ResNet-34", (35,)),
+    ("diet_snn", "ImageNet", "VGG-16", (5, 25)),
+    ("potential_init", "CIFAR-10", "ResNet-20", (8, 16, 32, 64, 128, 512)),
+    ("potential_init", "CIFAR-10", "VGG-16", (8, 16, 32, 64, 128, 512)),
+    ("potential_init", "CIFAR-100", "ResNet-20", (8, 16, 32, 64, 128, 512)),
+    ("potential_init", "CIFAR-100", "VGG-16", (8, 16, 32, 64, 128, 512)),
+    ("potential_init", "ImageNet", "VGG-16", (8, 16, 32, 64, 128, 512)),
+    ("rate_encoded", "CIFAR-10", "VGG-*", (8,)),
+    ("rate_encoded", "CIFAR-100", "VGG-*", (8,)),
+    ("rate_encoded", "ImageNet", "RepVGG-B3", (100, 200)),
+    ("rate_encoded", "MIT-BIH ECG", "two-stage SNN", (50,)),
+    ("rate_encoded", "MNIST", "MNIST net", (1,)),
+    ("rate_norm", "CIFAR-10", "PreActResNet-18", (0,)),
+    ("rate_norm", "CIFAR-10", "VGG-16", (0, 16, 32, 64, 256, 512)),
+    ("rate_norm", "CIFAR-100", "PreActResNet-18", (0,)),
+    ("rate_norm", "CIFAR-100", "PreActResNet-34", (0,)),
+    ("rate_norm", "CIFAR-100", "VGG-16", (0,)),
+    ("rate_norm", "MNIST", "7-layer CNN", (0,)),
+    ("rate_norm", "MNIST", "AlexNet (repository)", (0,)),
+    ("rate_norm", "MNIST", "cnn (repository)", (0,)),
+    ("ultra_low_latency", "CIFAR-10", "ResNet-20 wide", (2, 3)),
+    ("ultra_low_latency", "CIFAR-10", "VGG-11", (2, 3)),
+    ("ultra_low_latency", "CIFAR-10", "VGG-16", (1, 2, 3)),
+    ("ultra_low_latency", "CIFAR-100", "ResNet-20 wide", (2, 3)),
+    ("ultra_low_latency", "CIFAR-100", "VGG-16", (2, 3)),
+]
+WITHOUT_RECIPE = {("rate_encoded", "MIT-BIH ECG", "two-stage SNN"): "electrocardiograms: there is no such data set or network here"}
+DATA = {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100", "ImageNet": "imagefolder:imagenet", "MNIST": "mnist"}
+
+
+def test_every_published_experiment_of_the_five_papers_has_a_recipe_or_a_reason():
+    recipes = [read_recipe(path) for path in RECIPES if path.parent.name != "ours"]
+    has = {
+        (recipe.method.name, recipe.data, figure.network, figure.steps)
+        for recipe in recipes
+        for figure in recipe.published
+        # The network is made for that T, or measured at it.
+        if figure.steps in (0, recipe.method.steps, *recipe.steps)
+    }
+    wanted = {(method, data, network, steps) for method, data, network, counts in PUBLISHED for steps in counts}
+    missing = {one for one in wanted if (one[0], DATA.get(one[1]), *one[2:]) not in has}
+    assert {one[:3] for one in missing} == set(WITHOUT_RECIPE)
+    five = {method for method, *_ in PUBLISHED}
+    added = {one for one in has if one[0] in five} - {(one[0], DATA.get(one[1]), *one[2:]) for one in wanted}
+    assert not added, "a figure that this list lacks"
+
+
 def test_every_recipe_can_be_read_and_names_what_it_is_held_against():
-    recipes = sorted((ROOT / "recipes").glob("*/*.toml"))
-    assert len(recipes) > 40
-    for path in recipes:
+    for path in RECIPES:
         recipe = read_recipe(path)
         assert recipe.published or path.parent.name == "ours", path
         assert {figure.steps for figure in recipe.published} - {0} <= set(recipe.steps), path
+
+
+@pytest.fixture(scope="module")
+def cheaply():
+    """Networks and their graphs, each made once; how many classes one has makes no difference here."""
+    patch = pytest.MonkeyPatch()
+
+    @functools.cache
+    def network(name, weights):
+        return load_model(name, weights)
+
+    @functools.cache
+    def graph(model, copies, shape, options):
+        return trace(model if copies == 0 else EncodedInput(model, copies), torch.zeros(shape), **dict(options))
+
+    def traced(model, example, **options):
+        inner, copies = (model.model, model.copies) if isinstance(model, EncodedInput) else (model, 0)
+        return graph(inner, copies, tuple(example.shape), tuple(sorted(options.items())))
+
+    patch.setattr("quickspike.recipe.load_model", lambda name, weights=None: network(name.replace(",classes=100", ""), weights))
+    patch.setattr("quickspike.recipe.trace", traced)
+    yield
+    patch.undo()
+
+
+@functools.cache
+def blank(name):
+    """A data set of the shape and size of the real one."""
+    side, channels, size = {"mnist": (28, 1, 60_000)}.get(name, (32, 3, 50_000))
+    test = Images(np.zeros((1, side, side, channels), np.uint8), np.zeros(1, np.int64), PREPROCESSING[name], name)
+    train = copy.copy(test)
+    # One picture in the memory of one, as many times as there are training images.
+    train.pixels, train.labels = test.pixels.expand(size, -1, -1, -1), test.labels.expand(size)
+    return DataSet(name, train, test, PREPROCESSING[name], tuple("0123456789"))
+
+
+PLANNED = [path for path in RECIPES if "imagenet" not in path.name]
+
+
+@pytest.mark.parametrize("path", PLANNED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_recipe_can_be_planned(path, cheaply):
+    recipe = read_recipe(path)
+    lines = plan(recipe, blank(recipe.data))
+    stages = [line.partition(":")[0] for line in lines if " steps, learning rate " in line]
+    extra = [f"train, {stage}" for stage in recipe.method.stages()] if len(recipe.method.stages()) > 1 else ["train"]
+    expected = ["source"] * (recipe.source is not None) + extra * (recipe.train is not None) + ["tune"] * (recipe.tune is not None)
+    assert stages == expected
+    assert f"T = {recipe.method.steps}" in lines[-1]
 
 
 def test_the_page_of_the_architecture_lists_every_module():

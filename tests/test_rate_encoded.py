@@ -22,6 +22,7 @@ from quickspike.graph import Site, Traced, trace
 from quickspike.methods.rate_encoded import LevelReLU, RateEncoded, channel_rates, train_thresholds
 from quickspike.networks import digits_cnn
 from quickspike.neuron import Neuron, NeuronParameters
+from quickspike.operations import Operations, count_operations
 from quickspike.preprocessing import Preprocessing
 from quickspike.training import History, Trainer, Training
 
@@ -575,6 +576,24 @@ def test_e11_weights_carry_the_range_and_biases_do_not(normed: nn.Sequential) ->
     for site in snn.sites:
         assert torch.equal(before.spikes[site.name], after.spikes[site.name])
     assert torch.allclose(before.logits, after.logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"synchronous": False}, {"train_thresholds": True}], ids=["averaged", "streaming", "trained"])
+def test_with_pixels_as_spikes_no_layer_multiplies(options: dict[str, Any]) -> None:
+    data = load_data("digits", preprocessing=Preprocessing((0.0,), (1.0,)))
+
+    def counted(**more: Any) -> Operations:
+        snn = qs.convert(digits_cnn(width=4), data.loader("train", limit=50), "rate_encoded", steps=4, **options, **more)
+        return count_operations(snn, data.loader("test", limit=10))
+
+    encoded, plain = counted(encode_input=True), counted()
+    first_layer = plain.rows[0].dense
+    assert plain.total("multiplies") > 0
+    assert plain.total("multiplies") <= first_layer
+    assert encoded.total("multiplies") == encoded.total("leaks") == 0
+    assert encoded.metrics["Effective_MACs"] == 0
+    first = next(row for row in encoded.rows if row.kind == "layer")
+    assert (first.dense, first.accumulates > 0) == (first_layer, True)
 
 
 # Training

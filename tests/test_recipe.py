@@ -25,7 +25,8 @@ from quickspike.cli import main
 from quickspike.errors import QuickspikeError
 from quickspike.evaluation import make_fabric
 from quickspike.files import OutputError
-from quickspike.models import load_model
+from quickspike.method import Method
+from quickspike.models import load_model, preprocessing_of, save_weights
 from quickspike.preprocessing import Preprocessing
 from quickspike.recipe import Place, Recipe, RecipeError, plan, read_recipe, run_recipe, summarise
 from quickspike.report import recipe_tables
@@ -324,6 +325,90 @@ def test_a_plan_finds_what_cannot_be_done(digits: Any, write: Callable[[str], Pa
             plan(dataclasses.replace(recipe, **changes), digits)
 
 
+STAGES: list[tuple[Method, list[str]]] = [
+    (qs.methods.RateEncoded(steps=2, clamp_epochs=3), ["train, clamp: 3 epochs of adam, 15 steps", "train, ann: 1 epochs", "tune: 1"]),
+    (qs.methods.RateEncoded(steps=2), ["train: 1 epochs", "tune: 1"]),
+    (
+        qs.methods.RateNorm(speed_epochs=2, speed_rate=0.5),
+        [
+            "train, accuracy: 1 epochs of adam",
+            "train, speed1: 1 epochs of sgd, 5 steps, learning rate 0.5",
+            "train, speed2: 1 epochs of sgd",
+            "tune: 1",
+        ],
+    ),
+    (qs.methods.DietSNN(steps=2, longer=5), ["train: 1 epochs", "tune, tune5: 1 epochs of adam", "tune, tune: 1 epochs of adam"]),
+]
+
+
+@pytest.mark.parametrize(("method", "expected"), STAGES, ids=lambda value: getattr(value, "name", ""))
+def test_a_plan_lists_the_stages_that_a_method_adds(method: Method, expected: list[str], digits: Any, write: Callable[[str], Path]) -> None:
+    recipe = dataclasses.replace(read_recipe(write(without("source"))), method=method)
+    lines = [line for line in plan(recipe, digits) if re.match("source|train|tune", line)]
+    assert len(lines) == len(expected)
+    for line, start in zip(lines, expected, strict=True):
+        assert line.startswith(start)
+
+
+# Given weights
+
+
+def test_a_recipe_may_start_from_a_file_of_weights(digits: Any, fabric: Any, write: Callable[[str], Path], tmp_path: Path) -> None:
+    given = load_model("digits_cnn,width=4", seed=11)
+    save_weights(given, tmp_path / "given.safetensors")
+    text = without("source").replace(
+        'model = "digits_cnn,width=4"', f'model = "digits_cnn,width=4"\nweights = "{tmp_path}/given.safetensors"'
+    )
+    recipe = read_recipe(write(text.replace("seeds = [0, 1]", "seeds = [5]")))
+    assert recipe.weights == f"{tmp_path}/given.safetensors"
+    assert "given.safetensors" in "\n".join(plan(recipe, digits))
+    place = Place(out=tmp_path / "runs" / "given", fabric=fabric)
+    calibrated = dataclasses.replace(recipe, train=None, tune=None)
+    [run] = run_recipe(calibrated, place)["runs"]
+    data = qs.data.load_data("digits", preprocessing=recipe.preprocessing)
+    assert run["accuracy"]["source"] == pytest.approx(by_hand(given, data))
+    snn = qs.load(place.out / "seed5" / "converted.safetensors")
+    torch.testing.assert_close(
+        snn(torch.ones(2, 1, 8, 8)), qs.convert(given, data.loader("train", limit=100), recipe.method)(torch.ones(2, 1, 8, 8))
+    )
+    # Other weights under the same name make another experiment.
+    assert run_recipe(calibrated, dataclasses.replace(place, resume=True))["runs"] == [run]
+    save_weights(load_model("digits_cnn,width=4", seed=12), tmp_path / "given.safetensors")
+    with pytest.raises(RecipeError, match=r"run\.json"):
+        run_recipe(calibrated, dataclasses.replace(place, resume=True))
+
+
+def test_a_source_training_may_start_from_weights(fabric: Any, tmp_path: Path) -> None:
+    """An epoch at a tiny rate leaves a network where it started."""
+    given = load_model("digits_cnn,width=4", seed=11)
+    save_weights(given, tmp_path / "given.safetensors")
+    still = Training(epochs=1, batch_size=512, learning_rate=1e-9)
+    for number, weights in enumerate((str(tmp_path / "given.safetensors"), None)):
+        run_recipe(small(source=still, train=None, weights=weights), Place(out=tmp_path / "runs" / str(number), fabric=fabric))
+    networks = [load_model("digits_cnn,width=4", path) for path in tmp_path.glob("runs/sources/*/seed0/weights.safetensors")]
+    assert len(networks) == 2
+    distances = sorted(float((network[0].weight - given[0].weight).detach().abs().max()) for network in networks)
+    assert distances[0] < 1e-6 < 1e-2 < distances[1]
+
+
+def test_pretrained_weights_bring_their_preprocessing(write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, digits: Any) -> None:
+    text = 'title = "t"\nmodel = "timm:repvgg_a0"\nweights = "pretrained"\n[data]\nname = "imagefolder:x"\n[method]\nname = "qcfs"\n'
+    asked = preprocessing_of("timm:repvgg_a0")
+    assert read_recipe(write(text)).preprocessing == asked
+    changed = read_recipe(
+        write(text.replace('"imagefolder:x"\n', '"imagefolder:x"\nmean = [0.0]\nstd = [1.0]\nresize = 320\ncrop = 320\n'))
+    )
+    assert changed.preprocessing == dataclasses.replace(asked, mean=(0.0,), std=(1.0,), resize=320, crop=320)
+    loaded = []
+    monkeypatch.setattr("quickspike.recipe.load_model", lambda name, weights=None: loaded.append(weights) or load_model("digits_cnn"))
+    assert "from pretrained weights" in "\n".join(plan(read_recipe(write(text)), digits))
+    assert loaded == ["pretrained"]
+    with pytest.raises(RecipeError, match="weights must be a text"):
+        read_recipe(write(text.replace('"pretrained"', "3")))
+    with pytest.raises(RecipeError, match="digits_cnn"):
+        read_recipe(write(text.replace("timm:repvgg_a0", "digits_cnn")))
+
+
 # Running
 
 
@@ -617,14 +702,18 @@ def test_results_of_another_recipe_are_not_taken_for_this_ones(fabric: Any, tmp_
 def test_options_that_came_later_change_no_digest_where_they_are_off(write: Callable[[str], Path]) -> None:
     """Results, checkpoints and shared source networks made before they came are taken up as they are."""
     recipe = read_recipe(write(TEXT))
-    assert recipe_module._spelled(recipe) == re.sub(r", every_step=False", "", repr(recipe))
+    later = r", (every_step=False|weights=None|default_threshold=0\.0)"
+    assert recipe_module._spelled(recipe) == re.sub(later, "", repr(recipe))
+    diet = dataclasses.replace(recipe, method=qs.methods.DietSNN())
+    assert "default_threshold" not in recipe_module._spelled(diet)
+    assert recipe_module._spelled(diet) == re.sub(later, "", repr(diet))
     tune = recipe.tune
     assert tune is not None
     assert "every_step" not in recipe_module._in_force(tune)
     assert recipe_module._in_force(dataclasses.replace(tune, every_step=True))["every_step"] is True
     on = dataclasses.replace(recipe, tune=dataclasses.replace(tune, every_step=True))
-    assert recipe_module._spelled(on) == re.sub(r", every_step=False", "", repr(on))
-    assert recipe_module._spelled(on) != recipe_module._spelled(recipe)
+    assert recipe_module._spelled(on) == re.sub(later, "", repr(on))
+    assert len({recipe_module._spelled(one) for one in (recipe, on, diet, dataclasses.replace(recipe, weights="pretrained"))}) == 4
 
 
 def test_an_unwritable_folder_is_refused_before_the_work(fabric: Any, tmp_path: Path) -> None:

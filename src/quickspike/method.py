@@ -52,6 +52,8 @@ class Method(abc.ABC):
     paper: ClassVar[Paper]
     per_site: ClassVar[tuple[str, ...]] = ("synchronous", "signed")
     """Options that may differ from site to site; a method adds those that only `activation` and `neuron` look at."""
+    later: ClassVar[tuple[str, ...]] = ()
+    """Options that came after results were made without them: at their defaults nothing tells of them (digests of recipes)."""
 
     steps: int = option(8, "time steps the spiking network runs for", unit="steps", low=1, high=MAX_STEPS)
     synchronous: bool = option(
@@ -134,6 +136,10 @@ class Method(abc.ABC):
         if probes:
             images.feed(ann.module, probes)
 
+    def stages(self) -> Mapping[str, Mapping[str, Any]]:
+        """Names of the stages that `fit` trains, in order, and the settings that each changes; for `run --dry-run`."""
+        return {"ann": {}}
+
     @abc.abstractmethod
     def neuron(self, site: Site, activation: nn.Module) -> NeuronParameters:
         """Threshold, initial potential, leak and amplitude of the neurons at `site`, from the fitted activation."""
@@ -148,6 +154,10 @@ class Method(abc.ABC):
     def tune(self, snn: SpikingNetwork, train: Train, tuning: Tuning) -> None:
         """Train the spiking network `snn` in place. By default end to end with surrogate gradients."""
         end_to_end(snn, train, tuning)
+
+    def tuning_stages(self) -> Mapping[str, Mapping[str, Any]]:
+        """The stages that `tune` trains, see `stages`."""
+        return {"tune": {}}
 
     def to_json(self) -> dict[str, Any]:
         """Name and options as plain data; `from_json` gives the same method back."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -27,10 +27,10 @@ from quickspike.evaluation import accuracy_of, evaluate
 from quickspike.files import check_writable, write_text
 from quickspike.graph import Traced, trace
 from quickspike.method import Method, create
-from quickspike.models import load_model, save_weights
+from quickspike.models import is_pretrained, load_model, preprocessing_of, save_weights
 from quickspike.options import options_of
 from quickspike.preprocessing import PREPROCESSING, Preprocessing
-from quickspike.provenance import commit, machine, versions
+from quickspike.provenance import commit, digest, machine, versions
 from quickspike.training import Silent, Trainer, Training, Watcher, start_anew
 from quickspike.tuning import Tuning
 
@@ -66,11 +66,16 @@ class Published:
 class Recipe:
     """One experiment."""
 
+    later: ClassVar[tuple[str, ...]] = ("weights",)
+    """See `Training.later`."""
+
     title: str
     data: str
     model: str
     method: Method
     preprocessing: Preprocessing | None = None
+    weights: str | None = None
+    """What the network starts from: "pretrained" (those of torchvision or timm), or a file; None: random weights."""
     seeds: tuple[int, ...] = (0,)
     calibration: int = 1000
     """Training images without labels that the method is calibrated on."""
@@ -82,7 +87,7 @@ class Recipe:
     signed: bool = False
     """Measure the converted network with neurons that take spikes back, too."""
     source: Training | None = None
-    """Training of the source network with plain ReLU; None: random weights go to the method's training."""
+    """Training of the source network with plain ReLU; None: the weights that it starts from go to the method's training."""
     train: Training | None = None
     """Training with the method's activations."""
     tune: Training | None = None
@@ -100,14 +105,14 @@ class Recipe:
         for name, settings in (("train", self.train), ("tune", self.tune)):
             if settings is not None and settings.whiten:
                 raise OptionError(f"recipe: whiten belongs to [source], not to [{name}]: it would undo the first convolution")
-            if settings is not None and settings.distill and self.source is None:
-                raise OptionError(f"recipe: distill in [{name}] needs a [source] whose answers are learned")
+            if settings is not None and settings.distill and self.source is None and self.weights is None:
+                raise OptionError(f"recipe: distill in [{name}] needs a [source] or weights whose answers are learned")
         for name, settings in (("source", self.source), ("train", self.train)):
             if settings is not None and settings.every_step:
                 raise OptionError(f"recipe: every_step belongs to [tune], not to [{name}]: a source network knows no steps")
         if self.source is not None and self.source.distill:
             raise OptionError("recipe: [source] is trained first and has no teacher; distill belongs to [train] or [tune]")
-        for name in ("title", "data", "model", "precision"):
+        for name in ("title", "data", "model", "precision", *(() if self.weights is None else ("weights",))):
             if not isinstance(getattr(self, name), str):
                 raise OptionError(f"recipe: {name} must be a text, got {getattr(self, name)!r}")
 
@@ -140,7 +145,10 @@ STAGES = ("converted", "synchronous", "signed", "tuned")
 """Spiking networks of a run, in the order in which they are measured."""
 PREPARED = tuple(field.name for field in dataclasses.fields(Preprocessing))
 """Keys of [data] that say how a picture becomes an input."""
-TABLES = ("title", "seeds", "data", "model", "method", "source", "train", "tune", "augmentation", "evaluate", "precision", "published")
+TABLES = (
+    *("title", "seeds", "data", "model", "weights", "method", "source", "train", "tune", "augmentation", "evaluate", "precision"),
+    "published",
+)
 
 
 def _recipe(tables: Mapping[str, Any], text: str) -> Recipe:
@@ -153,13 +161,17 @@ def _recipe(tables: Mapping[str, Any], text: str) -> Recipe:
     given = {name: data[name] for name in PREPARED if name in data}
     if "mean" in given or "std" in given:
         given |= {"mean": tuple(data["mean"]), "std": tuple(data["std"])}
-    usual = PREPROCESSING.get(data["name"].partition(":")[0], PREPROCESSING["npz"])
-    preprocessing = dataclasses.replace(usual, **given) if given else None
+    weights = tables.get("weights")
+    # What the file leaves open is as pretrained weights ask for it.
+    asked = preprocessing_of(str(tables["model"])) if weights is not None and is_pretrained(weights) else None
+    usual = asked or PREPROCESSING.get(data["name"].partition(":")[0], PREPROCESSING["npz"])
+    preprocessing = dataclasses.replace(usual, **given) if given else asked
     return Recipe(
         title=tables["title"],
         seeds=tuple(tables.get("seeds", (0,))),
         data=data["name"],
         preprocessing=preprocessing,
+        weights=weights,
         calibration=data.get("calibration", 1000),
         model=tables["model"],
         method=create(method.pop("name"), **method),
@@ -213,23 +225,32 @@ def plan(recipe: Recipe, data: DataSet) -> list[str]:
     Raises:
         QuickspikeError: something of it cannot be done.
     """
-    model = load_model(recipe.model)
+    model = load_model(recipe.model, recipe.weights)
     example = next(iter(data.loader("train", 1, 1)))[0]
     traced = trace(recipe.method.source(model), example)
     size = data.size("train")
+    start = "" if recipe.weights is None else f" from {'pretrained weights' if is_pretrained(recipe.weights) else recipe.weights}"
     lines = [
         f"{recipe.title}: {len(recipe.seeds)} seed(s) {', '.join(map(str, recipe.seeds))}",
-        f"network {recipe.model}, {sum(p.numel() for p in model.parameters()):,} parameters, {len(traced.sites)} sites",
+        f"network {recipe.model}{start}, {sum(p.numel() for p in model.parameters()):,} parameters, {len(traced.sites)} sites",
         f"data {recipe.data}, {size} training and {data.size('test')} test images",
     ]
-    for name, settings in (("source", recipe.source), ("train", recipe.train), ("tune", recipe.tune)):
-        if settings is not None:
-            steps = len(TrainingBatches(data, settings.validation, settings.batch_size, recipe.augmentation, 0, CPU)) * settings.epochs
-            lines.append(
-                f"{name}: {settings.epochs} epochs of {settings.optimiser}, {steps} steps, learning rate {settings.learning_rate:g}"
-            )
+    for name, stage in _stages(recipe):
+        steps = len(TrainingBatches(data, stage.validation, stage.batch_size, recipe.augmentation, 0, CPU)) * stage.epochs
+        lines.append(f"{name}: {stage.epochs} epochs of {stage.optimiser}, {steps} steps, learning rate {stage.learning_rate:g}")
     lines.append(f"method {recipe.method.name}, T = {recipe.method.steps}, measured at T = {', '.join(map(str, recipe.steps))}")
     return lines
+
+
+def _stages(recipe: Recipe) -> Iterator[tuple[str, Training]]:
+    """Every stage of training, those that the method adds too."""
+    if recipe.source is not None:
+        yield "source", recipe.source
+    of_method = (("train", recipe.train, recipe.method.stages()), ("tune", recipe.tune, recipe.method.tuning_stages()))
+    for table, settings, stages in of_method:
+        if settings is not None:
+            for stage, changes in stages.items():
+                yield (table if len(stages) == 1 else f"{table}, {stage}"), dataclasses.replace(settings, **changes)
 
 
 def load_recipe_data(recipe: Recipe, data: str | None = None, data_dir: Path | None = None, download: bool = False) -> DataSet:
@@ -324,7 +345,7 @@ class _Seed:
         self.fabric.barrier()
         accuracy: dict[str, Any] = {}
         source = self._source()
-        if self.recipe.source is not None:
+        if self.recipe.source is not None or self.recipe.weights is not None:
             accuracy["source"] = accuracy_of(source, self.data.loader("test"), self.fabric)
         ann, snn = self._converted(source)
         accuracy["ann"] = accuracy_of(ann.module, self.data.loader("test"), self.fabric)
@@ -357,7 +378,15 @@ class _Seed:
     def _digest(self) -> str:
         """What the results of a seed depend on."""
         described = dataclasses.replace(self.recipe, seeds=(0,), title="", published=(), text="")
-        return _digest_of([_spelled(described), self._images()])
+        return _digest_of([_spelled(described), self._images(), *self._given()])
+
+    def _start(self) -> nn.Module:
+        """The network before any training."""
+        return load_model(self.recipe.model, self.recipe.weights, self.seed)
+
+    def _given(self) -> tuple[str, ...]:
+        """What tells given weights from others, however they are named."""
+        return () if self.recipe.weights is None else (digest(self._start().state_dict().values()),)
 
     def _images(self) -> str:
         """Where the images come from, without the place on this machine."""
@@ -388,8 +417,8 @@ class _Seed:
         """The source network: random, or trained here, or by another recipe that trains the same one."""
         settings = self.recipe.source
         if settings is None:
-            return load_model(self.recipe.model, seed=self.seed)
-        digest = _digest_of(
+            return self._start()
+        key = _digest_of(
             [
                 self._images(),
                 str(self.recipe.preprocessing),
@@ -397,14 +426,15 @@ class _Seed:
                 self.recipe.precision,
                 _in_force(settings),
                 dataclasses.asdict(self.recipe.augmentation),
+                *self._given(),
             ]
         )
-        folder = self.place.out.parent / "sources" / digest / f"seed{self.seed}"
+        folder = self.place.out.parent / "sources" / key / f"seed{self.seed}"
         weights, took = folder / "weights.safetensors", folder / "seconds.json"
         if not weights.is_file():
             with self._timed("source"):
                 trainer = dataclasses.replace(self._trainer(settings, folder), resume=True)
-                network, _ = train(load_model(self.recipe.model, seed=self.seed), trainer)
+                network, _ = train(self._start(), trainer)
             if self.fabric.is_global_zero:
                 write_text(folder / "recipe.toml", self.recipe.text)
                 write_text(took, json.dumps(self.seconds["source"]) + "\n")

@@ -7,6 +7,8 @@ Networks", arXiv 2008.03658 (version 3), IEEE TNNLS.
 from __future__ import annotations
 
 import logging
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -43,7 +45,7 @@ class DietSNN(Method):
     Differs from the paper: biases and folded batch norms are allowed, so that spikes have the height of their threshold;
     without biases unit spikes are the same up to a factor per layer, with them only heights keep the function of the
     source. `height=unit` with `scaling` 0.2 is the paper's choice for T = 5. Residual blocks get thresholds from data too,
-    where the published code sets one number.
+    where the published code sets one number (give `default_threshold` for that).
     """
 
     name: ClassVar[str] = "diet_snn"
@@ -53,6 +55,7 @@ class DietSNN(Method):
         2020,
         "2008.03658",
     )
+    later: ClassVar[tuple[str, ...]] = ("default_threshold",)
 
     steps: int = option(5, "time steps the spiking network runs for", unit="steps", low=1, high=65536)
     percentile: float = option(
@@ -60,6 +63,13 @@ class DietSNN(Method):
     )
     scaling: float = option(
         0.7, "factor on every threshold; the paper has 0.7 for T = 25, 0.3 to 0.6 for 12 to 20, 0.2 for 5", low=0, high=2, low_open=True
+    )
+    default_threshold: float = option(
+        0.0,
+        "threshold of every layer in residual blocks, 0.4 in the published code for T = 5 and 0.55 to 0.95 for more; 0 takes it from the "
+        "currents, like that of the others",
+        low=0,
+        high=100,
     )
     calibration_steps: int = option(100, "steps of the simulation that finds the thresholds", unit="steps", low=1, high=10_000)
     calibration_batch: int = option(64, "images of the simulation that finds the thresholds", unit="images", low=1, high=1_000_000)
@@ -91,6 +101,14 @@ class DietSNN(Method):
         with torch.no_grad():
             for neuron in snn.neurons().values():
                 neuron.threshold.mul_(self.scaling)
+            for name in sites_in_blocks(snn) if self.default_threshold else ():
+                neuron = snn.neuron(name)
+                neuron.threshold.fill_(self.default_threshold)
+                if self.height == "found":
+                    neuron.amplitude.fill_(self.default_threshold)
+
+    def tuning_stages(self) -> Mapping[str, Mapping[str, Any]]:
+        return {**({f"tune{self.longer}": {}} if self.longer > self.steps else {}), "tune": {}}
 
     def tune(self, snn: SpikingNetwork, train: Train, tuning: Tuning) -> None:
         if self.longer > self.steps:
@@ -101,6 +119,22 @@ class DietSNN(Method):
                 for neuron in snn.neurons().values():
                     neuron.threshold.mul_(self.shortening)
         end_to_end(snn, train, tuning)
+
+
+def sites_in_blocks(snn: SpikingNetwork) -> list[str]:
+    """Names of the sites behind the first fork whose branches are added up again: of a residual network, all but the stem's."""
+    graph = snn.network.graph
+    (image,) = (node for node in graph.nodes if node.op == "placeholder")
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    before: dict[fx.Node, set[fx.Node]] = {}
+    for node in graph.nodes:
+        parents = [parent for parent in node.all_input_nodes if image in before[parent]]
+        before[node] = {node}.union(*(before[parent] for parent in node.all_input_nodes))
+        if node.target is operator.add and len(parents) == 2:
+            fork = max(before[parents[0]] & before[parents[1]], key=order.__getitem__)
+            names = {site.name for site in snn.sites}
+            return [str(site.target) for site in graph.nodes if site.target in names and order[site] > order[fork]]
+    return []
 
 
 def find_thresholds(snn: SpikingNetwork, images: Tensor, steps: int, percentile: float, as_height: bool = False) -> None:

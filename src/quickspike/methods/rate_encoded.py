@@ -7,6 +7,7 @@ Networks", arXiv 2211.08410; channel-wise threshold training as in CQ+, IEEE TPA
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
@@ -102,13 +103,13 @@ class RateEncoded(Method):
             layer.start(self)
         if train is None:
             return
-        if self.clamp_epochs:
+        for stage, changes in self.stages().items():
             for layer in layers:
-                layer.quantised = layer.encodes_input
-            train(ann.module, "clamp", epochs=self.clamp_epochs)
-        for layer in layers:
-            layer.quantised = True
-        train(ann.module, "ann")
+                layer.quantised = stage != "clamp" or layer.encodes_input
+            train(ann.module, stage, **changes)
+
+    def stages(self) -> Mapping[str, Mapping[str, Any]]:
+        return {**({"clamp": {"epochs": self.clamp_epochs}} if self.clamp_epochs else {}), "ann": {}}
 
     def neuron(self, site: Site, activation: nn.Module) -> NeuronParameters:
         layer = layer_at(site, activation)

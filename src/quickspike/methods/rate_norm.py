@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 SMALLEST = 1e-6
 """Added to every ceiling, as in the published code: theta > 0 always."""
+ACCURACY = "accuracy"
+"""Name of stage 1."""
 
 
 @register
@@ -82,7 +84,7 @@ class RateNorm(Method):
         scale = layers[0].scale
         # Training starts at p = 1; stage 2 begins at the wanted scale.
         self._set(scale, 10.0)
-        train(ann.module, "accuracy", groups=parameter_groups(ann.module, [scale])[:-1])
+        train(ann.module, ACCURACY, groups=parameter_groups(ann.module, [scale])[:-1])
         self._set(scale, self.scale)
         if self.speed_epochs:
             self._speed_up(ann, layers, images.first, train)
@@ -93,23 +95,19 @@ class RateNorm(Method):
         loss = rate_inference_loss(layers, train.answers(ann.module), self.weight)
         start = train.accuracy(ann.module)
         best, least = scale.detach().clone(), mean_omega(ann, images)
-        for epoch in range(self.speed_epochs):
-            train(
-                ann.module,
-                f"speed{epoch + 1}",
-                loss=loss,
-                groups=[{"params": [scale], "weight_decay": 0.0}],
-                mode=nn.Module.eval,
-                epochs=1,
-                optimiser="sgd",
-                learning_rate=self.speed_rate,
-                schedule="constant",
-                ema=0.0,
-            )
+        groups = [{"params": [scale], "weight_decay": 0.0}]
+        for stage, changes in self.stages().items():
+            if stage == ACCURACY:
+                continue
+            train(ann.module, stage, loss=loss, groups=groups, mode=nn.Module.eval, **changes)
             now, speed = train.accuracy(ann.module), mean_omega(ann, images)
             if speed < least and (start is None or now is None or now >= start - self.tolerance):
                 best, least = scale.detach().clone(), speed
         self._set(scale, best)
+
+    def stages(self) -> Mapping[str, Mapping[str, Any]]:
+        speed = {"epochs": 1, "optimiser": "sgd", "learning_rate": self.speed_rate, "schedule": "constant", "ema": 0.0}
+        return {ACCURACY: {}, **{f"speed{epoch + 1}": speed for epoch in range(self.speed_epochs)}}
 
     @staticmethod
     def _set(scale: nn.Parameter, value: float | Tensor) -> None:
