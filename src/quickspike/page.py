@@ -505,7 +505,7 @@ def _raster(entry: Entry, key: str) -> str:
         axes.set_xticks(range(1, steps + 1))
         axes.set_xlabel("time step")
         axes.set_ylabel("mean output so far")
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
     picture = f'<img alt="the image" src="data:image/png;base64,{_png(sample.image)}">'
     raster = _drawing(7, 1 + 0.45 * len(chosen), draw, f"{key}-raster", "spikes of every site over time")
@@ -561,7 +561,7 @@ tbody tr:nth-child(even) { background: var(--band); }
 pre { background: var(--band); padding: .75rem; overflow-x: auto; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 @media print {
   :root { color-scheme: light; --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --band: #f4f6f8; }
-  body { max-width: none; padding: 0; font-size: 10pt; } figure, tr { break-inside: avoid; } h2 { break-after: avoid; }
+  body { max-width: none; padding: 0; font-size: 10pt; } figure, tr { break-inside: avoid; } h2, p:has(+ pre) { break-after: avoid; }
   .scroll { overflow: visible; } th, td { white-space: normal; padding: .2rem .4rem; }
   details::details-content { content-visibility: visible; display: block; } * { print-color-adjust: exact; }
 }
