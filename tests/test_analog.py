@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import quickspike as qs
+from quickspike import capture
 from quickspike.errors import OptionError, TraceError, UnsupportedOperatorError
 from quickspike.neuron import Increment, RunningMean, unfold
 from quickspike.operations import count_operations
@@ -51,6 +52,32 @@ class Norm(nn.Module):
         return self.norm(a + b)
 
 
+class Maps(nn.Module):
+    """An operator on maps of two channels."""
+
+    def __init__(self, operator: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.operator = operator
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.operator((a - b).unflatten(1, (2, 3))).flatten(1)
+
+
+class Attention(nn.Module):
+    """Two tokens of three features."""
+
+    def __init__(self, keys: int = 1, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention, self.keys = nn.MultiheadAttention(3, 3, batch_first=True, **options), keys
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        x = (a + b).unflatten(1, (2, 3))
+        y = x if self.keys == 1 else b.unflatten(1, (2, 3))
+        answer, _ = self.attention(x, y, y, need_weights=False)
+        return (x + answer).flatten(1)
+
+
 class Gate(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return a * b.mean(1, keepdim=True)
@@ -75,6 +102,24 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     "maximum": (lambda a, b: torch.maximum(a, b), ("max*",)),
     "attention": (attend, ("softmax", "matmul")),
     "gelu module": (Norm(nn.GELU()), ("GELU",)),
+    "a layer that holds others": (Norm(nn.Sequential(nn.LayerNorm(6), nn.Sequential(nn.Softmax(1)))), ("operator.norm",)),
+    "the class of such a layer": (Norm(nn.Sequential(nn.LayerNorm(6), nn.GELU())), ("Norm",)),
+    "a pattern of classes": (Norm(nn.Sequential(nn.LayerNorm(6), nn.GELU())), ("N?rm",)),
+    "rms norm": (Norm(nn.RMSNorm(6)), ("RMSNorm",)),
+    "F.rms_norm": (lambda a, b: F.rms_norm(a - b, (6,)), ("rms_norm",)),
+    "instance norm": (Maps(nn.InstanceNorm1d(2, affine=True)), ("InstanceNorm1d",)),
+    "instance norm with statistics": (Maps(nn.InstanceNorm1d(2, track_running_stats=True).eval()), ("InstanceNorm1d",)),
+    "F.instance_norm": (Maps(F.instance_norm), ("instance_norm",)),
+    "nn.GLU": (lambda a, b: Norm(nn.GLU(1))(a, b).repeat(1, 2), ("glu",)),
+    "F.glu": (lambda a, b: torch.cat([F.glu(a - b), b], 1)[:, :6], ("glu",)),
+    "where": (lambda a, b: torch.where(a > b, a, 0.1 * b), ("where", "gt")),
+    "masked by a method": (lambda a, b: (a + b).where(a.lt(0.5), b), ("where", "lt")),
+    "einsum": (lambda a, b: torch.einsum("bi,bj->bij", a, b).sum(2), ("einsum",)),
+    "std": (lambda a, b: a - b.std(1, keepdim=True), ("std",)),
+    "torch.var": (lambda a, b: a - torch.var(b, dim=1, keepdim=True, correction=0), ("var",)),
+    "cumsum needs no request": (lambda a, b: (a - b).cumsum(1), ()),
+    "attention layer": (Attention(), ("MultiheadAttention",)),
+    "attention layer by name": (Attention(keys=2), ("operator.attention",)),
 }
 
 
@@ -218,3 +263,74 @@ def test_samples_that_mix_are_refused_though_no_size_shows_it() -> None:
     net = Behind(lambda a, b: torch.softmax(a + b, 0))
     with pytest.raises(TraceError, match=r"for a sample among others.*no softmax, norm or sort along axis 0"):
         qs.trace(net, drawn(1), analog=("softmax",))
+
+
+def by_export(net: nn.Module, patch: pytest.MonkeyPatch, **options: Any) -> Any:
+    def no_fx(*_: Any) -> Any:
+        raise TraceError("not by torch.fx. Way out: none")
+
+    with patch.context() as context:
+        context.setattr(capture, "_record", no_fx)
+        return qs.trace(net, drawn(1), **options)
+
+
+class Several(nn.Module):
+    """Operators side by side."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.first, self.other = nn.Linear(4, 6), nn.Linear(4, 6)
+        self.operators = [OPERATORS[name][0] for name in names]
+        self.layers = nn.ModuleList(one for one in self.operators if isinstance(one, nn.Module))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        a, b = self.first(x).relu(), self.other(x).relu()
+        return [operator(a, b) for operator in self.operators]
+
+
+def test_both_recorders_keep_the_same_analog(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    # What is affine, or asks for other attention than of a signal to itself.
+    left_out = ("by name", "layer that holds", "group norm", "a pattern")
+    names = [name for name in OPERATORS if not any(text in name for text in left_out)]
+    net = Several(names).eval()
+    analog = tuple({pattern for name in names for pattern in OPERATORS[name][1]})
+    by_fx, exported = qs.trace(net, drawn(1), analog=analog), by_export(net, monkeypatch, analog=analog)
+    assert by_fx.sites == exported.sites
+    assert [site.name for site in exported.sites] == ["relu", "relu_2"]
+    with torch.no_grad():
+        for wanted, *found in zip(net(drawn()), by_fx.module(drawn()), exported.module(drawn()), strict=True):
+            assert all(torch.allclose(wanted, one, atol=1e-5) for one in found)
+
+
+@pytest.mark.parametrize(
+    ("operator", "analog", "text"),
+    [
+        (Gate(), ("first",), "fits nothing of Behind that spikes could not carry: only Linear, which are affine or pool, or dropped"),
+        (Gate(), ("mean",), "only mean, which"),
+        (Norm(nn.Sequential(nn.Dropout(), nn.Identity(), nn.Linear(6, 6))), ("Norm",), "only add, Dropout, Identity, Linear, which"),
+        (Gate(), ("operator.nrom",), "'operator.nrom' fits no call of Behind"),
+    ],
+)
+def test_a_pattern_that_asks_for_nothing_says_so(operator: nn.Module, analog: tuple[str, ...], text: str) -> None:
+    with pytest.raises(OptionError, match=text):
+        qs.trace(Behind(operator), drawn(1), analog=analog)
+
+
+@pytest.mark.parametrize(
+    ("operator", "analog", "text"),
+    [
+        (
+            lambda a, b: (a + b).sort(1)[0],
+            ("sort",),
+            r"sort\(\) has no exact spiking form, and is not among what can be kept on real values.*Way out",
+        ),
+        (Norm(nn.Softsign()), ("operator",), "Softsign has no exact spiking form, and is not among what can be kept.*Way out"),
+        (Attention(add_zero_attn=True), ("MultiheadAttention",), r"MultiheadAttention.*Way out: batch_first=True, no masks"),
+        (lambda a, b: a - b.amax(0), ("amax",), "amax.*moves the batch axis away from axis 0, or mixes samples"),
+        (lambda a, b: torch.einsum("bi,ci->bc", a, b)[:, :1] + a, ("einsum",), "einsum.*mixes samples"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_by_name(operator: Callable[..., Tensor], analog: tuple[str, ...], text: str) -> None:
+    with pytest.raises(UnsupportedOperatorError, match=text):
+        qs.trace(Behind(operator), drawn(2), analog=analog)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 import quickspike as qs
 from quickspike.errors import DataError, OptionError, TraceError
 from quickspike.structure import tensors
+
+Sizes = dict[str, Callable[[Tensor], Tensor]]
 
 
 class Two(nn.Module):
@@ -92,3 +95,64 @@ def test_other_heights_and_widths_than_those_it_was_calibrated_on() -> None:
             for got, wanted in zip(tensors(snn(images)), tensors(net(images)), strict=True):
                 assert float((got - wanted).abs().max() / wanted.abs().max()) < bound
         assert [one.shape for one in tensors(across(large))] == [one.shape for one in tensors(net(large))]
+
+
+def _expanded(x: Tensor) -> Tensor:
+    _, _, height, width = x.shape
+    return x - x.mean((2, 3), keepdim=True).expand(x.size(0), -1, height, width)
+
+
+class Sized(nn.Module):
+    """Neurons, and an operation that asks for sizes."""
+
+    def __init__(self, operation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.operation = nn.Conv2d(3, 4, 3, padding=1), operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.operation(F.relu(self.conv(x)))
+
+
+FOLLOWING: Sizes = {
+    "view(n, c, -1)": lambda x: x.view(x.size(0), 4, -1).mean(-1),
+    "view(n, -1)": lambda x: x.view(x.size(0), -1),
+    "view(-1, c, h * w)": lambda x: x.view(-1, 4, x.size(2) * x.size(3)).mean(-1),
+    "view(x.shape)": lambda x: x.flatten(2).view(x.shape),
+    "view(x.shape[:2] + (-1,))": lambda x: x.reshape(x.shape[:2] + (-1,)).sum(2),  # noqa: RUF005 - fx cannot unpack
+    "unpacked": lambda x: x.reshape(x.shape[0], 2, 2, x.shape[2], x.shape[3]).transpose(1, 2).flatten(1, 2),
+    "expand(n, -1, h, w)": _expanded,
+    "times its rank": lambda x: x.mean((2, 3)) * x.ndim + x.dim(),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWING)
+def test_sizes_that_are_asked_for_follow_the_input(name: str, tmp_path: Path) -> None:
+    net = Sized(FOLLOWING[name]).eval()
+    snn = qs.convert(net, torch.randn(6, 3, 8, 8), steps=2)
+    assert "sizes" not in snn.provenance
+    snn.save(tmp_path / "network.safetensors")
+    traced, large = qs.trace(net, torch.randn(2, 3, 8, 8)), torch.randn(4, 3, 16, 12)
+    with torch.no_grad():
+        wanted = net(large)
+        assert torch.allclose(traced.module(large), wanted, atol=1e-5)
+        assert qs.load(tmp_path / "network.safetensors")(large).shape == snn(large).shape == wanted.shape
+
+
+def test_fixed_sizes_do_not_mix_samples() -> None:
+    """view(-1, 256) would make 16 samples of 4 images of twice the height and width."""
+    snn = qs.convert(Sized(lambda x: x.view(-1, 256)).eval(), torch.randn(6, 3, 8, 8), steps=2)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="invalid for input of size"):
+        snn(torch.randn(4, 3, 16, 16))
+
+
+def test_a_number_made_of_sizes_that_has_no_place_in_files_fixes_them(tmp_path: Path) -> None:
+    net = Sized(lambda x: x.sum((2, 3)) / x.shape[2:].numel()).eval()
+    images = torch.randn(6, 3, 8, 8)
+    snn = qs.convert(net, images, steps=256, ceiling="percentile", percentile=100.0)
+    snn.save(tmp_path / "network.safetensors")
+    for one in (snn, qs.load(tmp_path / "network.safetensors")):
+        with torch.no_grad():
+            assert torch.allclose(one(images), net(images), atol=0.02)
+        with pytest.raises(DataError, match=r"recorded for 8 x 8; got \[4, 3, 16, 16\]\. Way out"):
+            one(torch.randn(4, 3, 16, 16))

@@ -194,6 +194,8 @@ class _Classifier:
     def verdict(self, node: fx.Node) -> Verdict:
         problem = self._batch_problem(node)
         if problem:
+            # Its refusal says more than that the pattern fits nothing.
+            self._kept_analog(node)
             return problem
         judge = {"call_module": self._layer, "call_function": self._call, "call_method": self._call}[node.op]
         verdict = judge(node)
@@ -525,6 +527,9 @@ IN_PLACE = {
 
 def _without_in_place(node: fx.Node, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     args = node.args[: IN_PLACE.get(name, len(node.args))]
+    if name == "where" and node.op == "call_method":
+        # x.where(condition, y) is where(condition, x, y).
+        args = (args[1], args[0], *args[2:])
     return tuple(args), {key: value for key, value in node.kwargs.items() if key not in ("inplace", "_stacklevel")}
 
 
@@ -538,7 +543,7 @@ def _batch_norm(layer: nn.Module) -> Verdict:
 def _plain_args(node: fx.Node, name: str) -> tuple[Any, ...]:
     """Arguments of a method call in the order of the torch function of the same name."""
     args = node.args
-    if name == "permute" and node.op == "call_method" and len(args) > 2:
+    if name in ("permute", "flip") and node.op == "call_method" and len(args) > 2:
         return (args[0], tuple(args[1:]))
     if name in ("mean", "sum") and node.op == "call_method" and len(args) > 2 and not isinstance(args[2], bool):
         return (args[0], tuple(args[1:]))
