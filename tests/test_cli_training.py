@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ import torch
 import quickspike as qs
 from quickspike.augmentation import Augmentation
 from quickspike.cli import main
-from quickspike.console import show
+from quickspike.console import TrainingWatcher, show
 from quickspike.data import DataSet, load_data
 from quickspike.method import all_methods
 from quickspike.models import load_model
@@ -376,6 +378,71 @@ def test_compare(run: Any, model: Path, few: str, tmp_path: Path) -> None:
     run("convert", f"{model}:net", "--data", few, "--method", "rate_norm", "--steps", 3, "--calibration-images", 50, "--out", network)
     alone = json.loads(run("evaluate", network, "--data", few, "--images", 15, "--device", "cpu", "--json").out)
     assert found["rate_norm"]["3"]["accuracy"]["3"] == alone["accuracy"]["3"]
+
+
+# Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_training_shows_rate_and_time_left_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time is told by the test: 500 images each second."""
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    watcher = TrainingWatcher()
+    watcher.begin("tune", 10_000)
+    progress = watcher._progress
+    assert progress is not None
+    for now in range(8):
+        monkeypatch.setattr(progress, "get_time", lambda now=now: float(now))
+        watcher.advance(500)
+    progress.refresh()
+    bar = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue()).splitlines()[-1]
+    for part in ("training: tune", "4000/10000", "images, 500/s", "left 0:00:12"):
+        assert part in bar, bar
+    watcher.row("tune", {"epoch": 1, "loss": 0.25, "learning_rate": 0.1, "images_per_second": 500.0})
+    assert "tune, epoch 1: loss 0.25, images per second 500" in shown.getvalue()
+    watcher.end()
+    assert watcher._progress is None
+
+
+def test_without_a_terminal_or_when_quiet_there_is_no_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for watcher in (TrainingWatcher(), TrainingWatcher(quiet=True)):
+        watcher.begin("tune", 100)
+        watcher.advance(50)
+        watcher.row("tune", {"epoch": 1, "loss": 0.25})
+        watcher.end()
+    assert capsys.readouterr().err == "tune, epoch 1: loss 0.25\n"
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    quiet = TrainingWatcher(quiet=True)
+    quiet.begin("tune", 100)
+    quiet.advance(50)
+    quiet.end()
+    assert shown.getvalue() == ""
+
+
+# Options of every method
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        # Its option and the training's have one name: --seed.
+        pytest.param(name, marks=pytest.mark.xfail(reason="two options named seed", strict=False)) if name == "potential_init" else name
+        for name in sorted(all_methods())
+    ],
+)
+def test_train_takes_the_options_of_every_method(method: str, run: Any) -> None:
+    result = run("train", "digits_cnn", "--method", method, "--help")
+    assert result.code == 0
+    for option in options_of(all_methods()[method]):
+        assert re.search(f"--(no-)?{option.replace('_', '-')}", result.out), option
 
 
 # Interrupts

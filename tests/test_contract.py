@@ -16,11 +16,16 @@ import torch
 from torch import Tensor, nn
 
 import quickspike as qs
-from quickspike.data import DataSet
+from quickspike.api import finish, fit, tune
+from quickspike.data import DataSet, ImageStream, load_data
 from quickspike.errors import ConversionError, DataError, OptionError, UnknownNameError
+from quickspike.evaluation import make_fabric
 from quickspike.method import Method, Paper, all_methods, create, get
+from quickspike.networks import digits_cnn
 from quickspike.options import Option, options_of
+from quickspike.preprocessing import Preprocessing
 from quickspike.simulation import simulate
+from quickspike.training import Silent, Trainer, Training
 
 Converted = Callable[[str], qs.SpikingNetwork]
 METHODS = sorted(all_methods())
@@ -377,3 +382,105 @@ def test_one_image_and_a_black_image_are_enough(method: str, digits_source: nn.M
             assert torch.isfinite(snn(digits_calibration[:4])).all()
         for site in snn.sites:
             assert snn.neuron(site.name).threshold.min() > 0
+
+
+# Training
+
+
+TRAINED: list[tuple[str, dict[str, Any]]] = [
+    *((method, {}) for method in METHODS),
+    ("rate_norm", {"unit_spikes": True, "speed_epochs": 1}),
+    ("rate_encoded", {"encode_input": True, "clamp_epochs": 1}),
+    ("rate_encoded", {"synchronous": False}),
+    ("rate_encoded", {"train_thresholds": True}),
+    ("diet_snn", {"longer": 3, "height": "unit"}),
+    ("qcfs", {"granularity": "channel"}),
+]
+
+
+class Stages(Silent):
+    """Notes the stages that begin, and the epochs that are done."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.epochs = dict[str, int]()
+
+    def begin(self, stage: str, samples: int) -> None:
+        self.begun.append(stage)
+
+    def row(self, stage: str, row: dict[str, float]) -> None:
+        assert math.isfinite(row["loss"])
+        self.epochs[stage] = int(row["epoch"])
+
+
+@pytest.mark.parametrize(("method", "options"), TRAINED, ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain")
+def test_a_method_trains_converts_and_tunes(method: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """An epoch of 128 images: everything that a method says of its stages happens, and what comes out works."""
+    data = load_data("digits", preprocessing=Preprocessing((0.0,), (1.0,)))
+    few = copy.copy(data.train)
+    few.pixels, few.labels = few.pixels[:128], few.labels[:128]
+    made, stages = create(method, steps=2, **options), Stages()
+    settings = Training(epochs=1, batch_size=64, learning_rate=0.01, validation=0, clip=1.0)
+    trainer = Trainer(fabric=make_fabric("cpu"), data=dataclasses.replace(data, train=few), settings=settings, watcher=stages)
+    source = digits_cnn(width=4).eval()
+    before = {name: value.clone() for name, value in source.state_dict().items()}
+    images = ImageStream(data.loader("train", limit=64))
+    ann = fit(source, images, made, trainer)
+    assert stages.begun == list(made.stages())
+    expected = {name: changes.get("epochs", 1) for name, changes in made.stages().items()}
+    snn = finish(ann, images, made)
+    tuned = tune(snn, trainer)
+    assert stages.begun == [*made.stages(), *made.tuning_stages()]
+    expected |= {name: changes.get("epochs", 1) for name, changes in made.tuning_stages().items()}
+    assert stages.epochs == expected
+    # The source is as it was, and each stage learned something.
+    assert all(torch.equal(value, before[name]) for name, value in source.state_dict().items())
+    untrained = finish(fit(source, images, made), images, made).state_dict()
+    weights = [name for name, value in snn.state_dict().items() if value.ndim > 1 and name.endswith("weight")]
+    assert len(weights) > 3
+    for name in weights:
+        assert not torch.equal(snn.state_dict()[name], untrained[name]), name
+        assert not torch.equal(snn.state_dict()[name], tuned.state_dict()[name]), name
+    assert all(bool(torch.isfinite(value).all()) for value in tuned.state_dict().values())
+    assert all(float(neuron.threshold.detach().min()) > 0 for neuron in tuned.neurons().values())
+    tuned.save(tmp_path / "network.safetensors")
+    loaded = qs.load(tmp_path / "network.safetensors")
+    test_images = next(iter(data.loader("test", limit=20)))[0]
+    with torch.no_grad():
+        assert torch.equal(loaded(test_images), tuned(test_images))
+        assert loaded.run(test_images).logits.shape == (2, 20, 10)
+    assert loaded.synchronous == snn.synchronous == (method == "rate_encoded" and not {"synchronous", "train_thresholds"} & set(options))
+
+
+# C5: batch norm
+
+
+@every_method
+def test_c5_currents_of_folded_batch_norm_are_those_of_the_layer_at_every_step(method: str) -> None:
+    """The spikes of one layer through convolution and batch norm in evaluation mode, step by step, in single precision."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = (nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
+        network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(6 * 16, 10)).eval()
+        for norm in (network[1], network[4]):
+            for values, low, high in (
+                (norm.weight, 0.5, 2),
+                (norm.bias, -0.3, 0.5),
+                (norm.running_mean, -0.5, 0.5),
+                (norm.running_var, 0.2, 3),
+            ):
+                nn.init.uniform_(values, low, high)
+        images = torch.rand(6, 1, 8, 8)
+    snn = qs.convert(network, images, method, steps=4)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in snn.modules())
+    seen = dict[str, tuple[Tensor, Tensor]]()
+    for name, neuron in snn.neurons().items():
+        neuron.register_forward_hook(lambda _, inputs, out, name=name: seen.update({name: (inputs[0], out)}))
+    with torch.no_grad():
+        snn(images)
+        (first_current, first_out), (second_current, _) = (seen[site.name] for site in snn.sites)
+        torch.testing.assert_close(first_current, network[1](network[0](images)), rtol=1e-5, atol=1e-5)
+        outputs, currents = (values.unflatten(0, (4, -1)) for values in (first_out, second_current))
+        assert bool(outputs.any())
+        for step in range(4):
+            torch.testing.assert_close(currents[step], network[4](network[3](outputs[step])), rtol=1e-5, atol=1e-5)

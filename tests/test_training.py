@@ -832,6 +832,58 @@ def test_tuning_of_another_kind_does_not_go_on_from_a_checkpoint(
             tune(other, trainer(epochs=2, folder=tmp_path, resume=True), tuning)
 
 
+# In mixed precision
+
+
+class Precisions:
+    """Types of what layers of some kind give in training."""
+
+    def __init__(self, module: nn.Module, kind: type[nn.Module]) -> None:
+        self.found = set[torch.dtype]()
+        self.hooks = [layer.register_forward_hook(self._note) for layer in module.modules() if isinstance(layer, kind)]
+
+    def _note(self, layer: nn.Module, _: Any, out: Tensor) -> None:
+        if layer.training:
+            self.found.add(out.dtype)
+
+
+def test_bf16_mixed_trains_and_goes_on_after_an_interrupt(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    mixed = {**FULL, "augmentation": AUGMENTED, "fabric": make_fabric("cpu", "bf16-mixed")}
+    whole, plain, resumed = cnn(), cnn(), cnn(seed=3)
+    precisions = Precisions(whole, nn.Conv2d)
+    rows = trainer(**mixed, folder=tmp_path / "whole")(whole, "source").rows
+    assert precisions.found == {torch.bfloat16}
+    assert {value.dtype for value in whole.state_dict().values() if value.is_floating_point()} == {torch.float32}
+    trainer(**FULL, augmentation=AUGMENTED)(plain, "source")
+    assert not same(weights_of(whole), weights_of(plain))
+    assert torch.allclose(whole[0].weight, plain[0].weight, atol=0.02)
+    with pytest.raises(Interrupted):
+        trainer(**mixed, folder=tmp_path / "cut", watcher=Stopping(batches=8))(cnn(), "source")
+    continued = trainer(**mixed, folder=tmp_path / "cut", resume=True)(resumed, "source").rows
+    assert same(weights_of(whole), weights_of(resumed))
+    assert figures(continued) == figures(rows)
+
+
+@pytest.mark.parametrize("every_step", [False, True])
+def test_bf16_mixed_tunes_and_goes_on_after_an_interrupt(
+    every_step: bool, spiking: Callable[..., qs.SpikingNetwork], trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    snn = spiking("diet_snn", leak=0.95)
+    fabric = make_fabric("cpu", "bf16-mixed")
+    settings = {**FULL, "epochs": 2, "learning_rate": 0.01, "augmentation": AUGMENTED, "every_step": every_step}
+    whole = tune(snn, trainer(**settings, fabric=fabric, folder=tmp_path / "whole"))
+    with pytest.raises(Interrupted):
+        tune(snn, trainer(**settings, fabric=fabric, folder=tmp_path / "cut", watcher=Stopping(batches=5)))
+    resumed = tune(snn, trainer(**settings, fabric=fabric, folder=tmp_path / "cut", resume=True))
+    assert same(weights_of(whole), weights_of(resumed))
+    assert csv_figures(tmp_path / "cut") == csv_figures(tmp_path / "whole")
+    assert {value.dtype for value in whole.state_dict().values() if value.is_floating_point()} == {torch.float32}
+    plain = tune(snn, trainer(**settings))
+    assert not same(weights_of(whole), weights_of(plain))
+    for name, value in weights_of(plain).items():
+        assert torch.allclose(weights_of(whole)[name], value, atol=0.05), name
+
+
 # Checkpoints that do not fit
 
 
