@@ -2,22 +2,22 @@
 
     python bench/engines.py [--models vgg16 resnet18 resnet20] [--steps 1 2 4 8] [--batches 32] [--out results/bench/engines.json]
 
-Everything is timed in one process, interleaved, after a first call apart; the table shows medians. Before that every
-engine's spikes are compared with the reference's (the integer and count engines': with the same network in whole
-numbers), and a difference ends the run. Networks have random weights and calibrated thresholds: time does not depend
-on accuracy, and dense layers do not on rates. Other simulators are timed too where they are installed
-(pip install 'quickspike[bench]'; see peers.py).
+Everything is timed in one process, interleaved; the table shows medians. What the first call of an engine costs more is timed
+apart, for the first network, batch and T: in a fresh process with no compiled kernel on disk (cold), and in another one
+that finds those kernels (warm), from the network to its first answer. Before anything is timed every engine's spikes are
+compared with the reference's (the integer and count engines': with the same network in whole numbers), and a difference
+ends the run. Networks have random weights and calibrated thresholds: time does not depend on accuracy, and dense layers do
+not on rates. Other simulators are timed too where they are installed (pip install 'quickspike[bench]'; see peers.py).
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from peers import peers
-from timing import interleaved, save
+from timing import add_out, first_calls, interleaved, save
 from torch import Tensor, fx
 from torch.fx.experimental.optimization import fuse
 
@@ -52,6 +52,29 @@ def check(reference: SpikingNetwork, fast: SpikingNetwork, images: Tensor) -> No
             raise SystemExit(f"{fast.provenance['engine']['name']}: spikes of {site} are not those of the reference")
 
 
+ENGINES = {"fused": ("fused", "fp32"), "fused bf16": ("fused", "bf16"), "integer": ("integer", "fp32"), "count": ("count", "fp32")}
+
+
+def first_answer(model: str, engine: str, steps: int, batch: int) -> Callable[[], object]:
+    """From a converted network to its first answer on that engine; a later call accelerates nothing."""
+    torch.set_grad_enabled(False)
+    generator = torch.Generator().manual_seed(0)
+    _, snn = prepared(model, generator)
+    name, precision = ENGINES[engine]
+    snn = snn.with_steps(steps)
+    snn = snn.as_synchronous() if name == "count" else snn
+    images = torch.randn(batch, *IMAGE, generator=generator).contiguous(memory_format=torch.channels_last)
+    made: list[SpikingNetwork] = []
+
+    def run() -> Tensor:
+        if not made:
+            made.append(qs.accelerate(snn, name, precision))
+        logits: Tensor = made[0](images)
+        return logits
+
+    return run
+
+
 def runners(ann: fx.GraphModule, snn: SpikingNetwork, steps: int, images: Tensor) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
     """(what is timed, checked; what is not, and why)."""
     snn = snn.with_steps(steps).to(memory_format=torch.channels_last)
@@ -81,9 +104,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--batches", type=int, nargs="+", default=[32])
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--no-first-calls", action="store_true", help="leave these out: two processes for every engine")
+    add_out(parser)
     options = parser.parse_args()
-    rows, missing = [], dict[str, str]()
+    rows, missing, first = [], dict[str, str](), dict[str, dict[str, float]]()
+    for engine in () if options.no_first_calls else ENGINES:
+        first[engine] = first_calls(first_answer, options.models[0], engine, options.steps[0], options.batches[0])
+        shown = ", ".join(f"{what} {seconds:.2f} s" for what, seconds in first[engine].items())
+        print(f"first call of {engine}, {options.models[0]}: {shown}", flush=True)
     with torch.inference_mode():
         for name in options.models:
             generator = torch.Generator().manual_seed(0)
@@ -100,7 +128,7 @@ def main() -> None:
                     print(f"{name}, batch {batch}, T = {steps}:  {shown}", flush=True)
     for peer, why in missing.items():
         print(f"left out: {peer}, {why}")
-    save(options.out, rows, options, left_out=missing)
+    save(options.out, rows, options, first_calls=first, left_out=missing)
 
 
 if __name__ == "__main__":

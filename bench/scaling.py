@@ -4,17 +4,16 @@
 
 Each question varies one number and keeps the others. Time is that of the fused engine in forward passes of the source
 network at the same batch (fp32), interleaved in one process. Memory is the growth of the largest resident memory of a
-process of its own.
+process of its own. A calibration is a whole conversion with that many images, in forward passes of the source network over them.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
-from timing import MIB, interleaved, peak_memory, save
+from timing import MIB, add_out, in_own_process, interleaved, save
 from torch import Tensor, nn
 
 import quickspike as qs
@@ -75,6 +74,13 @@ def calibration(count: int) -> Callable[[], object]:
     return lambda: qs.convert(ann, Images(count), steps=4)
 
 
+def passes(count: int) -> Callable[[], object]:
+    """The source network over the same images."""
+    torch.manual_seed(0)
+    ann = plain(DEFAULTS["depth"], DEFAULTS["width"]).eval()
+    return lambda: [ann(images) for images in batches(count)]
+
+
 def simulation(count: int, model: str, steps: int, budget: str | None) -> Callable[[], object]:
     """`count` images at once through the fused engine, after one image for one step."""
     torch.manual_seed(0)
@@ -95,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=list(QUESTIONS), choices=list(QUESTIONS))
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--out", type=Path)
+    add_out(parser)
     options = parser.parse_args()
     rows = []
     for question in options.only:
@@ -107,13 +113,15 @@ def main() -> None:
                 row = {"fused": times, "per_step": round(times["ratio"] / steps, 3)}
                 print(f"{question} {value}: {times['ratio']:.2f} ANN forwards, {row['per_step']:.2f} a step", flush=True)
             elif question == "images":
-                grown = peak_memory(simulation, value, "vgg16", LONG, BUDGET)
+                grown = in_own_process(simulation, value, "vgg16", LONG, BUDGET).grown
                 row = {"mebibytes": grown // MIB, "budget": BUDGET, "steps": LONG}
                 print(f"{value} images, VGG-16, T = {LONG}, memory={BUDGET}: {grown / MIB:.0f} MiB", flush=True)
             else:
-                grown = peak_memory(calibration, value)
-                row = {"mebibytes": grown // MIB}
-                print(f"calibration with {value} images: {grown / MIB:.0f} MiB", flush=True)
+                grown = in_own_process(calibration, value).grown
+                with torch.no_grad():
+                    times = interleaved({"ANN": passes(value), "calibration": calibration(value)}, options.repetitions)["calibration"]
+                row = {"mebibytes": grown // MIB, "calibration": times}
+                print(f"calibration with {value} images: {times['ratio']:.2f} ANN forwards over them, {grown / MIB:.0f} MiB", flush=True)
             rows.append({"question": question, "value": value, **row})
     save(options.out, rows, options)
 

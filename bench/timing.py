@@ -1,21 +1,25 @@
-"""What benchmarks share: interleaved timing in one process, peak memory in a process of its own, their input, the JSON file."""
+"""What benchmarks share: interleaved timing in one process, first calls and memory in a process of their own, input, the JSON file."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import multiprocessing
+import os
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from quickspike.data import DataSet, load_data
+from quickspike.files import write_text
 from quickspike.memory import keep_freed_memory
 from quickspike.models import load_model
 from quickspike.preprocessing import Preprocessing
@@ -23,89 +27,138 @@ from quickspike.provenance import commit, machine, versions
 
 Times = dict[str, float]
 MIB = 2**20
+RESULTS = Path(__file__).parents[1] / "results" / "bench"
+KERNEL_CACHES = ("NUMBA_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+"""Variables that say where compiled kernels are kept from one process to the next."""
 
 
 def interleaved(timed: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, Times]:
-    """Median, least and largest time of each in units of the first one's median, and the first call's.
+    """Median, least and largest time of each in units of the first one's median.
 
-    All take turns, so that a slower minute of the machine hits them alike. The first call is apart: it compiles.
-    Freed memory is kept for all of them alike, since one of ours would do it for whatever comes after it.
+    All take turns, so that a slower minute of the machine hits them alike. A first call of each is not counted (see
+    `first_calls`). Freed memory is kept for all of them alike, since one of ours would do it for whatever comes after it.
     """
     keep_freed_memory()
-    first, times = {}, {name: list[float]() for name in timed}
+    times = {name: list[float]() for name in timed}
     for repetition in range(repetitions + 1):
         for name, run in timed.items():
             started = time.perf_counter()
             run()
-            seconds = time.perf_counter() - started
             if repetition:
-                times[name].append(seconds)
-            else:
-                first[name] = seconds
+                times[name].append(time.perf_counter() - started)
     base = statistics.median(times[next(iter(timed))])
     return {
         name: {
             "ratio": round(statistics.median(own) / base, 3),
             "least": round(min(own) / base, 3),
             "largest": round(max(own) / base, 3),
-            "first_call": round(first[name] / base, 3),
         }
         for name, own in times.items()
     }
 
 
-def peak_memory(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> int:
-    """Bytes by which the largest memory of a fresh process grows while it runs what `prepare(*arguments)` gives back.
+@dataclass(frozen=True)
+class Cost:
+    """What a call took in a process of its own."""
 
-    `prepare` builds networks and images and warms up; what that took is not counted, unless it took more.
+    grown: int
+    """Bytes by which the largest memory of the process grew."""
+    first: float
+    """Seconds of the first call."""
+    later: float
+    """Seconds of the quickest of some further calls."""
+
+
+def in_own_process(prepare: Callable[..., Callable[[], object]], *arguments: Any, later: int = 0) -> Cost:
+    """What the call that `prepare(*arguments)` gives back takes in a fresh process: the first one, and `later` more.
+
+    `prepare` builds networks and images; memory that it took is not counted, unless it took more.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(sender, prepare, arguments))
+    process = context.Process(target=_measure, args=(sender, later, prepare, arguments))
     process.start()
     sender.close()
     try:
-        grown: int = receiver.recv()
+        cost: Cost = receiver.recv()
     except EOFError:
         raise SystemExit(f"the process that measured {arguments} ended early") from None
     finally:
         process.join()
-    return grown
+    return cost
 
 
-def _measure(sender: Any, prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]) -> None:
+def _measure(sender: Any, later: int, prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]) -> None:
     run = prepare(*arguments)
-    before = _largest()
-    run()
-    sender.send(_largest() - before)
+    before = largest_memory()
+    first = seconds_of(run)
+    grown = largest_memory() - before
+    sender.send(Cost(grown, first, min((seconds_of(run) for _ in range(later)), default=first)))
     sender.close()
 
 
-def _largest() -> int:
+def seconds_of(run: Callable[[], object]) -> float:
+    """Wall-clock time of one call."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def first_calls(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> dict[str, float]:
+    """Seconds of a first call in a fresh process, and of a later one.
+
+    `cold`: no kernel was compiled before. `warm`: those are found that the cold process left on disk.
+    """
+    kept = {name: os.environ.get(name) for name in KERNEL_CACHES}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            os.environ.update({name: str(Path(folder) / name) for name in KERNEL_CACHES})
+            cold, warm = (in_own_process(prepare, *arguments, later=3) for _ in range(2))
+        finally:
+            for name, value in kept.items():
+                os.environ.pop(name, None)
+                os.environ.update({} if value is None else {name: value})
+    return {"cold": round(cold.first, 3), "warm": round(warm.first, 3), "later": round(warm.later, 3)}
+
+
+def largest_memory() -> int:
+    """Bytes of the largest resident memory of this process so far."""
     # Kilobytes, but bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def network_and_data(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, nn.Module, DataSet]:
-    """(options, network, data) from the command line, once the options that a benchmark adds to these are in `parser`."""
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """The option --out, by default the script's own file under results/bench."""
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{Path(sys.argv[0]).stem}.json", help="JSON [default: %(default)s]")
+
+
+def network_and_data(parser: argparse.ArgumentParser, reports: bool = False) -> tuple[argparse.Namespace, nn.Module, DataSet]:
+    """(options, network, data) from the command line, once the options that a benchmark adds to these are in `parser`.
+
+    With `reports`, --out is a folder and may be left out.
+    """
     parser.add_argument("model", help="as on the command line of quickspike")
     parser.add_argument("weights", type=Path)
     parser.add_argument("data", help="as on the command line of quickspike")
     parser.add_argument("--mean", type=float, nargs="+", required=True)
     parser.add_argument("--std", type=float, nargs="+", required=True)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--resize", type=int, default=0, help="shorter side of the pictures [unit: pixels; default: as they are]")
+    parser.add_argument("--bgr", action="store_true", help="blue first, in --mean and --std too")
+    if reports:
+        parser.add_argument("--out", type=Path, metavar="FOLDER", help="where a report for each goes")
+    else:
+        add_out(parser)
     options = parser.parse_args()
     model = load_model(options.model, options.weights)
-    data = load_data(options.data, preprocessing=Preprocessing(tuple(options.mean), tuple(options.std)))
+    preprocessing = Preprocessing(tuple(options.mean), tuple(options.std), options.resize, bgr=options.bgr)
+    data = load_data(options.data, preprocessing=preprocessing)
     # What is saved names no file of whoever runs it.
     options.model, options.weights, options.data = options.model.rpartition(":")[2], options.weights.name, Path(options.data).name
     return options, model, data
 
 
-def save(out: Path | None, rows: object, options: argparse.Namespace, **more: object) -> None:
-    """Write what was found, with what it was found on, to `out`; nothing if that is None."""
-    if out is None:
-        return
+def save(out: Path, rows: object, options: argparse.Namespace, **more: object) -> None:
+    """Write what was found, with what it was found on, to `out`."""
     result = {
         "rows": rows,
         **more,
@@ -114,5 +167,4 @@ def save(out: Path | None, rows: object, options: argparse.Namespace, **more: ob
         "versions": versions(),
         "machine": machine(),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    write_text(out, json.dumps(result, indent=2) + "\n")

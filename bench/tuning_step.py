@@ -2,26 +2,29 @@
 
     python bench/tuning_step.py [--model fast_cnn] [--steps 1 2 4] [--batch 128] [--precision bf16] [--out FILE.json]
 
-Time is the median of interleaved repetitions; memory is what autograd keeps for the backward pass (parameters not
-counted), which is where they differ. Other simulators are timed too where they are installed (pip install
-'quickspike[bench]'; see peers.py).
+Time is the median of interleaved repetitions. Memory is told twice: *peak*, by how much the largest resident memory of a
+process of its own grows during a step, and *kept*, the bytes that autograd keeps for the backward pass (parameters not
+counted). Training steps of other simulators, each with its own surrogate gradient, are measured too where they are installed
+(pip install 'quickspike[bench]'; see peers.py).
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from peers import peers
-from timing import interleaved, save
+from timing import add_out, in_own_process, interleaved, save
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 import quickspike as qs
 from quickspike.models import load_model
+
+SOURCE = "source"
 
 
 def kept_bytes(forward: Callable[[], Tensor], parameters: list[nn.Parameter]) -> int:
@@ -41,6 +44,56 @@ def kept_bytes(forward: Callable[[], Tensor], parameters: list[nn.Parameter]) ->
     return sum(found.values())
 
 
+@dataclass(frozen=True)
+class Training:
+    """A network in training, and what is done with it."""
+
+    network: nn.Module
+    forward: Callable[[], Tensor]
+    step: Callable[[], None]
+
+
+def training(network: nn.Module, run: Callable[[Tensor], Tensor], batch: int, precision: str) -> Training:
+    """A step of Adam on drawn images and labels."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, 32, 32, generator=generator).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (batch,), generator=generator)
+    network.train().to(memory_format=torch.channels_last)
+    optimiser = torch.optim.Adam([parameter for parameter in network.parameters() if parameter.requires_grad], lr=1e-4)
+
+    def forward() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            return F.cross_entropy(run(images).float(), labels)
+
+    def step() -> None:
+        forward().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return Training(network, forward, step)
+
+
+def trained(model: str, steps: int, batch: int, precision: str) -> tuple[dict[str, Training], dict[str, str]]:
+    """(training of the source network, of ours for `steps` and of every peer's, by name; why peers are missing)."""
+    torch.manual_seed(0)
+    source = load_model(model)
+    few = torch.randn(16, 3, 32, 32)
+    own = load_model(model).requires_grad_(True)
+    snn = qs.convert(source, few, "ultra_low_latency", steps=steps)
+    for neuron in snn.neurons().values():
+        neuron.threshold.requires_grad_(True)
+        neuron.leak.requires_grad_(True)
+    others, missing = peers(fuse(source.eval()), steps, few)
+    networks: dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]] = {SOURCE: (own, own), f"T = {steps}": (snn, snn)}
+    networks |= {f"T = {steps}, {name}": (peer.network, peer.run) for name, peer in others.items()}
+    return {name: training(*network, batch, precision) for name, network in networks.items()}, missing
+
+
+def one_step(name: str, model: str, steps: int, batch: int, precision: str) -> Callable[[], None]:
+    """A step of one of them, for a process of its own."""
+    return trained(model, steps, batch, precision)[0][name].step
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="fast_cnn")
@@ -48,46 +101,24 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
-    parser.add_argument("--out", type=Path)
+    add_out(parser)
     options = parser.parse_args()
-    torch.manual_seed(0)
-    images = torch.randn(options.batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, 10, (options.batch,))
-    source = load_model(options.model)
-    own = load_model(options.model).train().requires_grad_(True)
-    networks: dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]] = {"source": (own, own)}
-    missing = dict[str, str]()
+    all_of_them, peak, missing = dict[str, Training](), dict[str, int](), dict[str, str]()
     for steps in options.steps:
-        snn = qs.convert(source, images, "ultra_low_latency", steps=steps).train()
-        for neuron in snn.neurons().values():
-            neuron.threshold.requires_grad_(True)
-            neuron.leak.requires_grad_(True)
-        networks[f"T = {steps}"] = snn, snn
-        others, missing = peers(fuse(source.eval()), steps, images[:16])
-        networks |= {f"T = {steps}, {name}": (peer.network.train(), peer.run) for name, peer in others.items()}
-    forwards, timed = {}, {}
-    for name, (network, run) in networks.items():
-        network.to(memory_format=torch.channels_last)
-        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        optimiser = torch.optim.Adam(parameters, lr=1e-4)
-
-        def forward(run: Callable[[Tensor], Tensor] = run) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
-                return F.cross_entropy(run(images).float(), labels)
-
-        def step(forward: Callable[[], Tensor] = forward, optimiser: torch.optim.Optimizer = optimiser) -> None:
-            forward().backward()
-            optimiser.step()
-            optimiser.zero_grad()
-
-        forwards[name], timed[name] = forward, step
-    memory = {name: kept_bytes(forward, list(networks[name][0].parameters())) for name, forward in forwards.items()}
-    rows = {
-        name: {**times, "memory_ratio": round(memory[name] / memory["source"], 3)}
-        for name, times in interleaved(timed, options.repetitions).items()
-    }
-    for name, row in rows.items():
-        print(f"{name:>30}: time {row['ratio']:.2f} ({row['least']:.2f} to {row['largest']:.2f}), memory {row['memory_ratio']:.2f}")
+        settings = (options.model, steps, options.batch, options.precision)
+        found, missing = trained(*settings)
+        for name in found.keys() - peak.keys():
+            peak[name] = in_own_process(one_step, name, *settings).grown
+        all_of_them = {**found, **all_of_them}
+    kept = {name: kept_bytes(one.forward, list(one.network.parameters())) for name, one in all_of_them.items()}
+    times = interleaved({name: all_of_them[name].step for name in (SOURCE, *(all_of_them.keys() - {SOURCE}))}, options.repetitions)
+    rows = {}
+    for name in all_of_them:
+        rows[name] = {**times[name], "peak_bytes": peak[name], "kept_bytes": kept[name]}
+        rows[name] |= {f"{what}_ratio": round(bytes_[name] / bytes_[SOURCE], 3) for what, bytes_ in (("peak", peak), ("kept", kept))}
+        row = rows[name]
+        shown = f"time {row['ratio']:.2f} ({row['least']:.2f} to {row['largest']:.2f})"
+        print(f"{name:>30}: {shown}, peak memory {row['peak_ratio']:.2f}, kept for the backward pass {row['kept_ratio']:.2f}")
     for peer, why in missing.items():
         print(f"left out: {peer}, {why}")
     save(options.out, rows, options, left_out=missing)

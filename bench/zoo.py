@@ -1,10 +1,12 @@
 """Which networks of torchvision and timm convert, how far their readout is off, and what that takes.
 
-    python bench/zoo.py [--only PATTERN...] [--source torchvision timm] [--out results/zoo.json] [--page docs/zoo.md]
+    python bench/zoo.py [--only PATTERN...] [--source torchvision timm] [--limit 240] [--out results/zoo.json] [--page docs/zoo.md]
 
 Weights are drawn from a seed, and the statistics of batch norm are those of the drawn images, as after a training: drawn
-weights alone let activations vanish. Networks see 64 x 64 pixels unless they need more. Every network is converted in
-a process of its own; what is in the file already is not done again.
+weights alone let activations vanish. Networks see 64 x 64 pixels unless they need more. Calibrated on 8 images, one image
+is run: at T = 16 with the method's own ceilings, at T = 256 with the largest activations as ceilings, since ceilings that
+balance clipping for 16 steps would still clip after 256. Every network is converted in a process of its own, from small to
+large. What is in the file already is not done again, except what failed, and what a shorter --limit cut off.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import math
 import multiprocessing
 import resource
 import sys
@@ -20,49 +23,81 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from timing import largest_memory
+
+from quickspike.files import write_text
 from quickspike.provenance import commit, machine, versions
 
-SHORT, LONG, SIZE, SEED = 16, 256, 64, 0
-LIMIT = 900
-"""Seconds for one network."""
+SHORT, LONG, SIZE, SEED, IMAGES = 16, 256, 64, 0, 8
+LIMIT = 240
+"""Seconds for one network. At T = 256 the largest take minutes, and the whole of it is to take an hour."""
+MEMORY = 20 * 2**30
+"""Bytes that a process may take: one that wants more fails by itself, before the system ends something else."""
+TIMM_WANTED = 45
+"""Networks of timm that are to convert."""
+FAMILIES = {
+    "VGG": "vgg*",
+    "ResNet": "resnet*",
+    "ResNeXt": "resnext*",
+    "Wide ResNet": "wide_resnet*",
+    "DenseNet": "densenet*",
+    "GoogLeNet": "googlenet",
+    "Inception v3": "inception_v3",
+    "SqueezeNet": "squeezenet*",
+    "MobileNet v2 and v3": "mobilenet_v[23]*",
+    "MNASNet": "mnasnet*",
+    "ShuffleNet v2": "shufflenet_v2*",
+    "RegNet": "regnet_*",
+    "EfficientNet": "efficientnet_*",
+}
+"""Of torchvision; every network of them is to convert."""
 
-# Those of torchvision are all there are for classification; of timm, one or two of every family of convolutional networks
-# and some others, for contrast.
-TIMM = Path(__file__).with_name("zoo_timm.txt").read_text(encoding="utf-8").split()
+# One or two of every family of convolutional networks and some others, for contrast; millions of parameters beside them.
+TIMM = {
+    name: float(millions)
+    for name, millions in (
+        line.split() for line in Path(__file__).with_name("zoo_timm.txt").read_text(encoding="utf-8").splitlines() if line
+    )
+}
 SIZES = {
-    **dict.fromkeys(("inception_v3", "inception_v4", "inception_resnet_v2"), 299),
-    **dict.fromkeys(("halonet26t", "botnet26t_256"), 256),
-    **dict.fromkeys(("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_tiny_patch16_224", "maxvit_t"), 224),
-    **dict.fromkeys(("vit_h_14", "nasnetalarge", "pnasnet5large"), 224),
+    **dict.fromkeys(("inception_v3", "inception_v4", "inception_resnet_v2"), 80),
+    **{"vit_h_14": 56, "halonet26t": 256, "maxvit_t": 224},
+}
+"""Pixels of those that take no 64."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")},
+    **{f"vit_{name}": {"image_size": SIZES.get(f"vit_{name}", SIZE)} for name in ("b_16", "b_32", "l_16", "l_32", "h_14")},
+    **{name: {"img_size": SIZE} for name in ("vit_tiny_patch16_224", "botnet26t_256")},
 }
 
 
-def names_of(source: str) -> list[str]:
-    """The networks of a source."""
+def names_of(source: str) -> dict[str, float]:
+    """The networks of a source, with their millions of parameters; all that torchvision has for classification."""
     if source == "timm":
         return TIMM
-    import torchvision
+    from torchvision import models
 
-    return list(torchvision.models.list_models(module=torchvision.models))
+    names = models.list_models(module=models)
+    return {name: next(iter(models.get_model_weights(name))).meta["num_params"] / 1e6 for name in names}
 
 
 def built(source: str, name: str) -> Any:
-    """A network with drawn weights, dropout off."""
+    """(a network with drawn weights, dropout off, images for it)."""
     import torch
     from torch import nn
 
     torch.manual_seed(SEED)
+    # Both libraries have an inception_v3; only torchvision's has heads for training.
+    own = {} if source == "timm" and name == "inception_v3" else OPTIONS.get(name, {})
     if source == "timm":
         import timm
 
-        net = timm.create_model(name, pretrained=False)
+        net = timm.create_model(name, pretrained=False, **own)
     else:
         import torchvision
 
-        own = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
         net = torchvision.models.get_model(name, weights=None, **own)
-    size = SIZES.get(name, SIZE)
-    images = drawn_images(16, size)
+    images = drawn_images(IMAGES, SIZES.get(name, SIZE))
     net.eval()
     for layer in net.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
@@ -70,7 +105,7 @@ def built(source: str, name: str) -> Any:
             layer.train()
     with torch.no_grad():
         net(images)
-    return net.eval(), images
+    return net.eval().requires_grad_(False), images
 
 
 def drawn_images(count: int, size: int) -> Any:
@@ -83,128 +118,180 @@ def drawn_images(count: int, size: int) -> Any:
     return F.interpolate(coarse, size=(size, size), mode="bilinear") + 0.3 * torch.randn(count, 3, size, size, generator=generator)
 
 
-def row_of(source: str, name: str) -> dict[str, Any]:
-    """One row of the table."""
+def fill_row(row: dict[str, Any], tell: Any = lambda row: None) -> None:
+    """Complete the row of the network that it names; `tell(row)` is called whenever something is known."""
     import torch
 
     import quickspike as qs
+    from quickspike.api import finish, fit
+    from quickspike.data import ImageStream
+    from quickspike.method import create
 
-    net, images = built(source, name)
-    row: dict[str, Any] = {
-        "source": source,
-        "name": name,
-        "pixels": images.shape[-1],
-        "parameters": sum(p.numel() for p in net.parameters()),
-    }
+    net, images = built(row["source"], row["name"])
+    row |= {"pixels": images.shape[-1], "parameters": sum(p.numel() for p in net.parameters())}
     coverage = qs.inspect(net, images[:1])
     analog: tuple[str, ...] = ()
     if not coverage.convertible:
         row["refused"] = dict(Counter(finding.operator for finding in coverage.unsupported))
         row["reason"] = coverage.unsupported[0].sentence() if coverage.unsupported else "holds no activation"
         analog = tuple(sorted({finding.operator for finding in coverage.unsupported if "analog=" in finding.way_out}))
-        if not analog or not qs.inspect(net, images[:1], analog).convertible:
-            return row | {"status": "refused"}
-    row["status"] = "kept analog" if analog else "converted"
-    row["analog"] = list(analog)
+        coverage = qs.inspect(net, images[:1], analog) if analog else coverage
+        if not coverage.convertible:
+            row["status"] = "refused"
+            return
+    row |= {"status": "kept analog" if analog else "converted", "analog": list(analog)}
     row["approximated"] = max((finding.error for finding in coverage.findings), default=0.0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with torch.no_grad():
-        wanted = net(images[:2])
-        for steps in (SHORT, LONG):
-            started = time.perf_counter()
-            snn = qs.convert(net, images, steps=steps, analog=analog)
+        wanted = net(images[:1])
+        stream = ImageStream(images)
+        started = time.perf_counter()
+        ann = fit(net, stream, create("threshold_balancing", steps=SHORT), analog=analog)
+        for steps, options in ((SHORT, {}), (LONG, {"ceiling": "percentile", "percentile": 100.0})):
+            snn = finish(ann, stream, create("threshold_balancing", steps=steps, **options))
             row.setdefault("sites", len(snn.sites))
-            row[f"convert_{steps}_seconds"] = round(time.perf_counter() - started, 1)
+            row.setdefault("convert_seconds", round(time.perf_counter() - started, 1))
+            tell(row)
             snn.memory = "2GiB"
             started = time.perf_counter()
-            off = float((snn(images[:2]) - wanted).abs().max() / wanted.abs().max())
+            off = float((snn(images[:1]) - wanted).abs().max() / wanted.abs().max())
             row[f"run_{steps}_seconds"] = round(time.perf_counter() - started, 1)
-            row[f"error_{steps}"] = round(off, 4)
-    row["mebibytes"] = round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-    return row
+            row[f"error_{steps}"] = float(f"{off:.4g}")
+            row["peak_mebibytes"] = largest_memory() // 2**20
+            tell(row)
+            del snn
 
 
 def _worker(source: str, name: str, connection: Any) -> None:
     import logging
 
     logging.disable(logging.WARNING)
+    if sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    row: dict[str, Any] = {"source": source, "name": name}
     try:
-        connection.send(row_of(source, name))
+        fill_row(row, connection.send)
     except Exception as error:
         text = (str(error).strip().splitlines() or [""])[0]
-        connection.send({"source": source, "name": name, "status": "failed", "reason": f"{type(error).__name__}: {text}"})
+        row |= {"status": "failed", "reason": f"{type(error).__name__}: {text[:300]}"}
+    connection.send(row)
+    connection.send(None)
 
 
-def in_own_process(source: str, name: str) -> dict[str, Any]:
-    """The row, or why there is none."""
+def in_own_process(source: str, name: str, limit: float) -> dict[str, Any]:
+    """The row, as far as it came within `limit` seconds."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_worker, args=(source, name, sender))
     process.start()
     sender.close()
-    answered = receiver.poll(LIMIT)
+    end = time.monotonic() + limit
+    row: dict[str, Any] = {"source": source, "name": name}
     try:
-        row: dict[str, Any] = receiver.recv() if answered else {"status": "failed", "reason": f"took more than {LIMIT} s"}
+        while receiver.poll(max(0.0, end - time.monotonic())):
+            found = receiver.recv()
+            if found is None:
+                break
+            row = found
+        else:
+            row |= {"cut_off_after": limit}
+            row.setdefault("status", "too slow")
+            row.setdefault("reason", f"was not converted within {limit:g} s")
     except EOFError:
-        row = {"status": "failed", "reason": "its process died, out of memory as a rule"}
+        row |= {"status": "failed", "reason": "its process died, out of memory as a rule"}
     process.kill()
     process.join()
-    return {"source": source, "name": name} | row
+    about = {"steps": [SHORT, LONG], "images": IMAGES, "seed": SEED, "commit": commit(), "machine": machine(), "versions": versions()}
+    return row | about
+
+
+def is_done(row: dict[str, Any], limit: float) -> bool:
+    """Whether a row stays: it did not fail, and more time would not add to it."""
+    return row["status"] != "failed" and row.get("cut_off_after", math.inf) >= limit
+
+
+def checks(rows: list[dict[str, Any]]) -> list[tuple[str, bool, str]]:
+    """(what is to be shown, whether it is, with which figures)."""
+    status = {(row["source"], row["name"]): row["status"] for row in rows}
+    found = []
+    for family, pattern in FAMILIES.items():
+        names = fnmatch.filter(names_of("torchvision"), pattern)
+        left = [name for name in names if status.get(("torchvision", name)) != "converted"]
+        figures = f"{len(names) - len(left)} of {len(names)}" + (f", not {', '.join(left)}" if left else "")
+        found.append((f"torchvision: every {family} converts", bool(names) and not left, figures))
+    named = [name for name in names_of("torchvision") if status.get(("torchvision", name)) in ("converted", "kept analog", "refused")]
+    every = len(names_of("torchvision"))
+    found.append(("torchvision: what does not convert is refused by name", len(named) == every, f"{len(named)} of {every} rows say so"))
+    converted = sum(status.get(("timm", name)) == "converted" for name in TIMM)
+    kept = sum(status.get(("timm", name)) == "kept analog" for name in TIMM)
+    figures = f"{converted} of {len(TIMM)}, {kept} more with parts kept analog"
+    found.append((f"timm: at least {TIMM_WANTED} of {len(TIMM)} convert", converted >= TIMM_WANTED, figures))
+    return found
 
 
 def page(rows: list[dict[str, Any]]) -> str:
     """The table as a page of the docs."""
-    counts = {
-        source: Counter(row["status"] for row in rows if row["source"] == source) for source in sorted({row["source"] for row in rows})
-    }
     lines = [
         "# The model zoos",
         "",
-        "Made by `bench/zoo.py` from `results/zoo.json`. Drawn weights, batch norm with the statistics of drawn images, method",
-        "`threshold_balancing` calibrated on 16 images. *error*: largest difference of the readout from the source network's at",
-        f"T = {LONG}, in units of its largest value, on two images; deep networks with drawn weights blow up small differences, so it",
-        "is an upper end rather than what a trained network shows. *lines*: largest error of the straight lines that stand for a",
-        "smooth activation.",
+        f"Made by `bench/zoo.py` from `results/zoo.json`. Drawn weights, batch norm with the statistics of {IMAGES} drawn images, method",
+        "`threshold_balancing` calibrated on the same. *error*: largest difference of the readout from the source network's, in units",
+        f"of its largest value, on one image: at T = {SHORT} with the method's own ceilings, at T = {LONG} with the largest activations;",
+        "deep networks with drawn weights blow up small differences, so it is an upper end rather than what a trained network shows.",
+        "*lines*: largest error of the straight lines that stand for a smooth activation. Seconds are those of a conversion for",
+        f"T = {SHORT}, calibration included, and of one image; *MiB* is the largest memory of the whole process, source network, libraries",
+        "and both conversions included.",
         "",
     ]
-    for source, found in counts.items():
+    for source in sorted({row["source"] for row in rows}):
+        found = Counter(row["status"] for row in rows if row["source"] == source)
         lines.append(f"{source}: " + ", ".join(f"{number} {status}" for status, number in found.most_common()) + ".")
-    lines += ["", "| network | | sites | lines | error | seconds to convert | MiB |", "|---|---|--:|--:|--:|--:|--:|"]
-    for row in sorted(rows, key=lambda row: (row["source"] != "torchvision", row["source"], row["name"])):
-        name = f"{row['source']} {row['name']}"
-        if row["status"] in ("refused", "failed"):
-            what = ", ".join(f"{operator} x{count}" for operator, count in row.get("refused", {}).items()) or row["reason"]
-            lines.append(f"| {name} | {row['status']}: {what[:200]} | | | | | |")
-            continue
-        status = row["status"] if not row["analog"] else f"kept analog: {', '.join(row['analog'])}"
-        lines_error = f"{row['approximated']:.2g}" if row["approximated"] else "exact"
-        cells = (row["sites"], lines_error, row[f"error_{LONG}"], row[f"convert_{SHORT}_seconds"], row["mebibytes"])
-        lines.append(f"| {name} | {status} | " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "| to be shown | | |", "|---|---|---|"]
+    lines += [f"| {what} | {'pass' if passed else 'FAIL'} | {figures} |" for what, passed, figures in checks(rows)]
+    head = ("network", "", "sites", "lines", f"error, T = {SHORT}", f"T = {LONG}", "s to convert", f"s, T = {SHORT}", f"T = {LONG}", "MiB")
+    lines += ["", "| " + " | ".join(head) + " |", "|---|---|" + "--:|" * 8]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in sorted(rows, key=lambda row: (row["source"] == "timm", row["name"]))]
     return "\n".join(lines) + "\n"
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """One line of the table."""
+    name, status = f"{row['source']} {row['name']}", row["status"]
+    if "sites" not in row or status == "failed":
+        what = ", ".join(f"{operator} x{count}" for operator, count in row.get("refused", {}).items()) or row.get("reason", "")
+        return [name, f"{status}: {what[:200]}", *[""] * 8]
+    status = f"kept analog: {', '.join(row['analog'])}" if row["analog"] else status
+    status += f" (cut off after {row['cut_off_after']:g} s)" if "cut_off_after" in row else ""
+    figures = [row.get(key, "") for key in (f"error_{SHORT}", f"error_{LONG}", "convert_seconds", f"run_{SHORT}_seconds")]
+    lines = f"{row['approximated']:.2g}" if row["approximated"] else "exact"
+    return [name, status, *map(str, (row["sites"], lines, *figures, row.get(f"run_{LONG}_seconds", ""), row.get("peak_mebibytes", "")))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", nargs="+", default=["torchvision", "timm"], choices=["torchvision", "timm"])
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of names")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for one network")
     parser.add_argument("--out", type=Path, default=Path("results/zoo.json"))
     parser.add_argument("--page", type=Path, help="also write the table there")
     options = parser.parse_args()
-    rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
-    done = {(row["source"], row["name"]) for row in rows}
-    wanted = [(source, name) for source in options.source for name in names_of(source)]
-    left = [one for one in wanted if one not in done and any(fnmatch.fnmatch(one[1], pattern) for pattern in options.only)]
+    rows: list[dict[str, Any]] = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    done = {(row["source"], row["name"]) for row in rows if is_done(row, options.limit)}
+    sizes = {(source, name): size for source in options.source for name, size in names_of(source).items()}
+    left = [
+        one
+        for one in sorted(sizes, key=lambda one: sizes[one])
+        if one not in done and any(fnmatch.fnmatch(one[1], pattern) for pattern in options.only)
+    ]
     for number, (source, name) in enumerate(left, 1):
-        row = in_own_process(source, name)
-        rows.append(row)
-        about = {"commit": commit(), "machine": machine(), "versions": versions(), "steps": [SHORT, LONG], "seed": SEED}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        row = in_own_process(source, name, options.limit)
+        rows = [old for old in rows if (old["source"], old["name"]) != (source, name)] + [row]
+        write_text(options.out, json.dumps({"rows": rows}, indent=1) + "\n")
         shown = row.get(f"error_{LONG}", row.get("refused", row.get("reason", "")))
-        sys.stdout.write(f"{number}/{len(left)} {source} {name}: {row['status']} {shown}\n")
-        sys.stdout.flush()
+        print(f"{number}/{len(left)} {source} {name}: {row['status']} {shown}", flush=True)
+    for what, passed, figures in checks(rows):
+        print(f"{'pass' if passed else 'FAIL'}  {what}: {figures}")
     if options.page is not None:
-        options.page.write_text(page(rows))
+        write_text(options.page, page(rows))
 
 
 if __name__ == "__main__":
