@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import quickspike as qs
 from quickspike.conversion import SpikingNetwork
+from quickspike.neuron import Neuron
 
 JOINS = ("plain", "residual", "spikes added", "concatenated", "pre-activation", "twice")
 POOLS: dict[str, Callable[[], nn.Module]] = {
@@ -82,12 +84,18 @@ class RandomNetwork(nn.Module):
         return self.fc(x if self.hidden is None else F.relu(self.hidden(x)))
 
 
+def leak(neuron: Neuron) -> None:
+    """Leaks of the channels' own where thresholds are, else one."""
+    neuron.leak = nn.Parameter(0.5 + torch.rand(neuron.threshold.shape) / 2, False)
+
+
 BLOCKS = st.lists(st.tuples(st.sampled_from(JOINS), st.sampled_from(list(POOLS)), st.booleans()), min_size=1, max_size=3)
+STEPS = st.one_of(st.integers(1, 8), st.integers(1, 64))
 NETWORKS = {
     "channels": st.integers(1, 6),
     "blocks": BLOCKS,
     "head": st.sampled_from(HEADS),
-    "steps": st.sampled_from([1, 2, 3, 5, 8, 64]),
+    "steps": STEPS,
     "seed": st.integers(0, 5),
     "leaky": st.booleans(),
     "strict": st.booleans(),
@@ -113,5 +121,83 @@ def draw(
             neuron.strict = strict
             neuron.amplitude.mul_(torch.rand(neuron.amplitude.shape) + 0.5)
             if leaky:
-                neuron.leak.fill_(0.9)
+                leak(neuron)
+    return snn, images
+
+
+CONVOLUTIONS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
+PADDINGS = ("none", "same", "one", "reflect", "transposed")
+
+
+class Layers(nn.Module):
+    """A stem and convolutions of any kind, on one to three axes."""
+
+    def __init__(self, axes: int, layers: list[tuple[str, int, int, int, bool, bool]]) -> None:
+        super().__init__()
+        plain, transposed = CONVOLUTIONS[axes]
+        self.stem, self.layers = plain(3, 4, 1), nn.ModuleList()
+        for padding, kernel, stride, dilation, grouped, bias in layers:
+            window: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": 2 if grouped else 1, "bias": bias}
+            if padding == "transposed":
+                self.layers.append(transposed(4, 4, kernel, **window))
+            elif padding == "same":
+                self.layers.append(plain(4, 4, kernel | 1, padding="same", **{**window, "stride": 1}))
+            elif padding == "none":
+                self.layers.append(plain(4, 4, kernel, **window))
+            else:
+                mode = "reflect" if padding == "reflect" else "zeros"
+                self.layers.append(plain(4, 4, kernel, padding=1, padding_mode=mode, **window))
+        self.axes = axes
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        for layer in self.layers:
+            x = F.relu(layer(x))
+        pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[self.axes - 1]
+        return self.head(pool(x, 1).flatten(1))
+
+
+LAYERS = {
+    "axes": st.integers(1, 3),
+    "layers": st.lists(
+        st.tuples(st.sampled_from(PADDINGS), st.integers(1, 3), st.integers(1, 2), st.integers(1, 2), st.booleans(), st.booleans()),
+        min_size=1,
+        max_size=2,
+    ),
+    "size": st.integers(13, 17),
+    "steps": STEPS,
+    "seed": st.integers(0, 5),
+    "leaky": st.booleans(),
+    "strict": st.booleans(),
+    "granular": st.booleans(),
+}
+"""Arguments of `draw_layers`."""
+
+
+def draw_layers(
+    axes: int,
+    layers: list[tuple[str, int, int, int, bool, bool]],
+    size: int,
+    steps: int,
+    seed: int,
+    leaky: bool,
+    strict: bool,
+    granular: bool,
+) -> tuple[SpikingNetwork, Tensor]:
+    """A spiking network of strided, dilated, grouped and transposed convolutions, and images of odd sizes for it."""
+    torch.manual_seed(seed)
+    shape = (size, size - 2, size - 4)[-axes:] if axes < 3 else (7, 6, 5)
+    images = torch.randint(-8, 9, (2, 3, *shape)) / 8
+    model = Layers(axes, [one if axes < 3 else (one[0], one[1], 1, 1, *one[4:]) for one in layers]).eval()
+    with torch.no_grad():
+        for parameter in model.stem.parameters():
+            parameter.copy_(torch.randint(-3, 5, parameter.shape) / 8)
+    snn = qs.convert(model, images, "potential_init", steps=steps, granularity="channel" if granular else "layer")
+    with torch.no_grad():
+        for neuron in snn.neurons().values():
+            neuron.strict = strict
+            neuron.amplitude.mul_(torch.rand(neuron.amplitude.shape) + 0.5)
+            if leaky:
+                leak(neuron)
     return snn, images

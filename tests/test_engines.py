@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -18,12 +19,12 @@ from quickspike import loops
 from quickspike.api import tune
 from quickspike.conversion import SpikingNetwork
 from quickspike.engines import Engine, Precision, accelerate
-from quickspike.engines.integer import ByteConv2d, ByteLinear, ByteMax, ByteSum2d
+from quickspike.engines.integer import ByteConv, ByteLinear, ByteMax, ByteSum
 from quickspike.errors import CheckpointError, ConversionError, OptionError
 from quickspike.models import load_model
 from quickspike.quantisation import quantise
 from quickspike.simulation import simulate
-from random_networks import NETWORKS, draw
+from random_networks import LAYERS, NETWORKS, draw, draw_layers
 
 
 def same_spikes(a: SpikingNetwork, b: SpikingNetwork, images: Tensor) -> None:
@@ -46,6 +47,34 @@ def test_every_engine_gives_the_spikes_of_the_reference(**drawn: object) -> None
     whole = quantise(snn).network.to(memory_format=torch.channels_last)
     same_spikes(accelerate(whole, "reference"), accelerate(snn, "integer"), images)
     assert all(torch.equal(value, state[name]) for name, value in snn.state_dict().items())
+
+
+def trains(snn: SpikingNetwork, images: Tensor) -> dict[str, Tensor]:
+    """Whether each neuron fires at each step, `[T*B, ...]`, by site."""
+    found: dict[str, Tensor] = {}
+    hooks = [
+        neuron.register_forward_hook(lambda _, __, out, site=site: found.update({site: out.ne(0)}))
+        for site, neuron in snn.neurons().items()
+    ]
+    with torch.no_grad():
+        snn(images)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@given(**LAYERS)
+def test_every_step_is_that_of_the_reference(**drawn: object) -> None:
+    """Layers of all kinds; sums over the steps would not see a spike that comes early."""
+    snn, images = draw_layers(**drawn)
+    whole = quantise(snn).network
+    for reference, fast in ((snn, accelerate(snn, "fused")), (whole, accelerate(snn, "integer"))):
+        expected, found = trains(accelerate(reference, "reference"), images), trains(fast, images)
+        assert expected.keys() == found.keys()
+        for site, train in expected.items():
+            assert train.shape[0] == snn.steps * len(images)
+            assert torch.equal(train, found[site]), site
 
 
 # What is in floating point after the quantisation is added up over the steps in another order.
@@ -95,10 +124,70 @@ def test_the_integer_engine_has_no_floating_point_layer_but_the_first(small: tup
         "in floating point": ["stem.conv1: reads no spikes"],
     }
     layers = [type(layer) for layer in fast.network.modules()]
-    assert layers.count(ByteConv2d) == 18 + 2
+    assert layers.count(ByteConv) == 18 + 2
     assert layers.count(ByteLinear) == 1
     assert layers.count(nn.Conv2d) == 1
     assert layers.count(nn.Linear) == 0
+
+
+class Several(nn.Module):
+    """Layers on spikes of every kind that the integer engine meets: most of them run on bytes, the others are listed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.same = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding="same")
+        self.pool, self.pooled = nn.AvgPool2d(3, 1, 1), nn.Conv2d(4, 4, 1)
+        self.odd, self.behind = nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.Conv2d(4, 4, 1)
+        self.up, self.line = nn.ConvTranspose2d(4, 4, 2, 2), nn.Conv1d(4, 4, 3, padding=1)
+        self.own = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.same(F.relu(self.stem(x))))
+        x = F.relu(self.pooled(self.pool(x)))
+        x = F.relu(self.behind(self.odd(x)))
+        x = F.relu(self.up(x))
+        x = F.relu(self.line(F.adaptive_avg_pool2d(x, (4, 1)).flatten(2)))
+        return F.linear(x.mean(2), self.own)
+
+
+def test_what_stays_in_floating_point_is_listed_with_the_reason() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 8, 8)
+    snn = qs.convert(Several(), images, "threshold_balancing", steps=4)
+    listed = [
+        "stem: reads no spikes",
+        "behind: reads real numbers",
+        "up: ConvTranspose2d has no form in whole numbers here",
+        "linear_1 (linear): has weights of its own, in no layer",
+    ]
+    whole = quantise(snn).network
+    for fast in (accelerate(snn, "integer"), accelerate(whole, "integer")):
+        assert fast.provenance["engine"]["in floating point"] == listed
+        kinds = {name.partition("_")[0] for name, layer in fast.network.named_modules() if isinstance(layer, ByteConv)}
+        assert kinds == {"same", "pooled", "line"}
+        same_spikes(accelerate(whole, "reference"), fast, images)
+
+
+def test_weights_that_are_no_whole_numbers_are_named(small: tuple[SpikingNetwork, Tensor]) -> None:
+    whole = quantise(small[0]).network
+    name, last = next((name, layer) for name, layer in whole.network.named_modules() if isinstance(layer, nn.Linear))
+    with torch.no_grad():
+        last.weight += 0.5
+    made = accelerate(whole, "integer").provenance["engine"]
+    assert made["in floating point"] == ["stem.conv1: reads no spikes", f"{name}: its weights are no whole numbers of 8 bits"]
+
+
+def test_neurons_that_read_bytes_get_numbers() -> None:
+    """Spikes that a pooling adds up, each worth 1, and neurons on them without a layer in between."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.AvgPool2d(2, divisor_override=1), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+    images = torch.rand(5, 1, 4, 4)
+    snn = qs.convert(model, images, "threshold_balancing", steps=4)
+    with torch.no_grad():
+        for neuron in snn.neurons().values():
+            neuron.scaled = False
+            neuron.amplitude.fill_(1.0)
+    snn.provenance["weight_bits"] = 8
+    same_spikes(accelerate(snn, "reference"), accelerate(snn, "integer"), images)
 
 
 def test_an_accelerated_network_is_simulated_and_evaluated_like_any_other(small: tuple[SpikingNetwork, Tensor]) -> None:
@@ -183,17 +272,31 @@ def test_unknown_engines_are_refused(small: tuple[SpikingNetwork, Tensor]) -> No
         accelerate(small[0], "integer", precision="bf16")
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 2), (4, 4)])
-def test_byte_sums_are_sums(size: tuple[int, int]) -> None:
-    x = torch.randint(0, 3, (2, 5, 9, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        expected = nn.functional.avg_pool2d(x.double(), size, divisor_override=1)
-        assert torch.equal(ByteSum2d(size)(x.contiguous(memory_format=layout)).double(), expected)
+@pytest.mark.parametrize(
+    "pool",
+    [
+        *(nn.AvgPool2d(size, divisor_override=1) for size in [(1, 1), (2, 2), (3, 2), (4, 4)]),
+        nn.AvgPool2d(3, 1, 1, divisor_override=1),
+        nn.AvgPool2d((3, 2), (2, 3), (1, 0), divisor_override=1),
+        nn.AvgPool3d((2, 1, 3), (1, 2, 2), (1, 0, 1), divisor_override=1),
+    ],
+    ids=str,
+)
+def test_byte_sums_are_sums(pool: nn.AvgPool2d | nn.AvgPool3d) -> None:
+    axes = 2 if isinstance(pool, nn.AvgPool2d) else 3
+    x = torch.randint(0, 3, (2, 5, 9, 8, 7)[: axes + 2], generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    before = x.clone()
+    size, stride, padding = ([value] * axes if isinstance(value, int) else value for value in (pool.kernel_size, pool.stride, pool.padding))
+    for layout in (torch.contiguous_format, torch.channels_last if axes == 2 else torch.channels_last_3d):
+        found = ByteSum(size, stride, padding)(x.contiguous(memory_format=layout))
+        assert found.dtype == torch.uint8
+        assert torch.equal(found.double(), pool(x.double()))
+    assert torch.equal(x, before)
 
 
 def test_byte_sums_of_whole_maps() -> None:
     x = torch.ones(2, 5, 15, 17, dtype=torch.uint8)
-    assert torch.equal(ByteSum2d((15, 17))(x), torch.full((2, 5, 1, 1), 255, dtype=torch.uint8))
+    assert torch.equal(ByteSum((15, 17), (15, 17), (0, 0))(x), torch.full((2, 5, 1, 1), 255, dtype=torch.uint8))
 
 
 def test_byte_max_takes_maps_of_more_than_255_places() -> None:
@@ -208,19 +311,29 @@ def test_byte_max_takes_maps_of_more_than_255_places() -> None:
         nn.Conv2d(6, 9, (3, 2), stride=(2, 1), dilation=2, groups=3, bias=False),
         nn.Conv2d(6, 6, 5, padding=2, groups=6),
         nn.Conv2d(6, 4, 1),
+        nn.Conv2d(6, 4, (4, 3), padding="same", dilation=(1, 2)),
+        nn.Conv2d(6, 4, 3, padding="valid"),
+        nn.Conv2d(6, 4, (5, 3), padding=(2, 1), padding_mode="reflect"),
+        nn.Conv2d(6, 4, 3, padding=1, padding_mode="circular", stride=2),
+        nn.Conv2d(6, 4, 4, padding="same", padding_mode="replicate"),
+        nn.Conv1d(6, 8, 3, padding=1, stride=2),
+        nn.Conv1d(6, 6, 4, padding="same", dilation=2, groups=3),
+        nn.Conv3d(6, 4, (3, 1, 2), padding=(1, 0, 1), stride=(1, 2, 1), groups=2),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("largest", [1, 255])
-def test_byte_convolutions_are_exact(layer: nn.Conv2d, largest: int) -> None:
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_byte_convolutions_are_exact(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, largest: int) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(torch.randint(-127, 128, parameter.shape, generator=generator))
-    x = torch.randint(0, largest + 1, (3, 6, 10, 11), generator=generator, dtype=torch.uint8)
+    axes = layer.weight.ndim - 2
+    x = torch.randint(0, largest + 1, (3, 6, 10, 11, 9)[: axes + 2], generator=generator, dtype=torch.uint8)
     expected = copy.deepcopy(layer).double()(x.double())
-    for layout in (torch.contiguous_format, torch.channels_last):
-        found = ByteConv2d(layer)(x.contiguous(memory_format=layout))
+    for layout in [torch.contiguous_format, *([torch.channels_last] if axes == 2 else [])]:
+        found = ByteConv(layer)(x.contiguous(memory_format=layout))
         assert torch.equal(found.double(), expected)
 
 
@@ -275,7 +388,13 @@ def test_an_accelerated_network_is_neither_accelerated_again_nor_tuned(engine: A
 
 
 @pytest.mark.parametrize("name", ["fused", "fused bf16", "integer", "count"])
-def test_nothing_is_prepared_again_once_it_runs(name: str, small: tuple[SpikingNetwork, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_hold_nothing_and_prepare_nothing_again(
+    name: str, small: tuple[SpikingNetwork, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a call as many tensors live as before, nothing is compiled and no weights are laid out anew.
+
+    Within a call memory is taken and freed: layers give new tensors, as everywhere in torch.
+    """
     snn, images = small
     engine, precision = cast("tuple[Engine, Precision]", (*name.split(), "fp32")[:2])
     network = accelerate(quantise(snn).network.as_synchronous() if name == "count" else snn, engine, precision)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,6 +183,27 @@ def test_an_exported_network_calls_the_operator() -> None:
             program = torch.export.export(snn, (images,), strict=True)
             assert "quickspike.fire" in str(program.graph)
             torch.testing.assert_close(program.module()(images), snn(images))
+
+
+CACHED = """
+import torch
+
+from quickspike import kernels, loops
+from quickspike.neuron import Surrogate, _Rule
+
+one = torch.ones(1)
+kernels.count(torch.ones(1, 1), 0 * one, one, one, _Rule(2, True, False, Surrogate()), 1, torch.uint8)
+print(sum(loops.count.stats.cache_hits.values()), sum(loops.count.stats.cache_misses.values()))
+"""
+
+
+def test_what_is_compiled_serves_the_next_process(tmp_path: Path) -> None:
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    found = []
+    for _ in range(2):
+        run = subprocess.run([sys.executable, "-c", CACHED], env=environment, capture_output=True, text=True, check=True)
+        found.append(run.stdout.split())
+    assert found == [["0", "1"], ["1", "0"]]
 
 
 # Counts without steps

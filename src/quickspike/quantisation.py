@@ -20,7 +20,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from quickspike.conversion import SpikingNetwork
 from quickspike.errors import OptionError
-from quickspike.neuron import AccumulatedMaxPool, Neuron
+from quickspike.neuron import AccumulatedMaxPool, Neuron, Timed
 from quickspike.operators import FUNCTION_NAMES, MAX_POOLS, Affine
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -125,6 +125,7 @@ class _Quantiser:
         with torch.no_grad():
             ShapeProp(self.module).propagate(torch.zeros(1, *snn.input_shape).to(self.like))
         self.signals: dict[fx.Node, _Signal | None] = {}
+        self.timed = set[fx.Node]()
         self.later: list[Any] = []
         self.kept: list[str] = []
 
@@ -133,6 +134,8 @@ class _Quantiser:
         nodes = list(self.module.graph.nodes)
         self._separate(nodes)
         for node in nodes:
+            if isinstance(self._layer(node), Timed) or self.timed & set(node.all_input_nodes):
+                self.timed.add(node)
             self.signals[node] = self._signal(node)
         for write in self.later:
             write()
@@ -173,7 +176,7 @@ class _Quantiser:
         parents = node.all_input_nodes
         if all(self.signals[parent] is None for parent in parents):
             if type(layer) in LAYERS:
-                self.kept.append(f"{node.target}: reads no spikes")
+                self.kept.append(f"{node.target}: reads {'real numbers' if self.timed & set(parents) else 'no spikes'}")
             return None
         signal = self._whole(node, layer)
         if signal is None:
@@ -195,11 +198,7 @@ class _Quantiser:
         if type(layer) in SUM_POOLS and x.known is not None:
             return self._sum_pool(node, layer.kernel_size, layer.stride, layer.padding, layer, x)
         if type(layer) in (nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d) and x.known is not None:
-            before, after = self._shape(_operand(node))[1:], self._shape(node)[1:]
-            if any(a % b for a, b in zip(before, after, strict=True)):
-                return None
-            size = tuple(a // b for a, b in zip(before, after, strict=True))
-            return self._sum_pool(node, size, size, 0, None, x)
+            return self._adaptive_pool(node, x)
         if type(layer) in PADS:
             return x
         if type(layer) is nn.Flatten and layer.start_dim == 1 and x.known is not None:
@@ -215,9 +214,17 @@ class _Quantiser:
             return self._sum(node)
         if name == "cat" and _option(node, 1, "dim", 0) == 1:
             return self._joined(node)
-        if name in ("flatten", "reshape") and x is not None and x.known is not None:
+        if name in ("avg_pool2d", "avg_pool3d") and x is not None and x.known is not None:
+            kind: Any = SUM_POOLS[name == "avg_pool3d"]
+            pool = kind(*node.args[1:], **node.kwargs)
+            return self._sum_pool(node, pool.kernel_size, pool.stride, pool.padding, pool, x)
+        if name in ("adaptive_avg_pool2d", "adaptive_avg_pool3d") and x is not None and x.known is not None:
+            return self._adaptive_pool(node, x)
+        if name in ("flatten", "reshape") and x is not None:
             before, after = self._shape(_operand(node)), self._shape(node)
-            return self._flattened(node, x) if after == (math.prod(before),) else None
+            if len(after) > 1 and after[0] == before[0]:
+                return x
+            return self._flattened(node, x) if x.known is not None and after == (math.prod(before),) else None
         return None
 
     def _neuron(self, node: fx.Node, neuron: Neuron) -> _Signal | None:
@@ -280,6 +287,13 @@ class _Quantiser:
         self.later.append(write)
         return _Signal(grid=grid)
 
+    def _adaptive_pool(self, node: fx.Node, x: _Signal) -> _Signal | None:
+        before, after = self._shape(_operand(node))[1:], self._shape(node)[1:]
+        if any(a % b for a, b in zip(before, after, strict=True)):
+            return None
+        size = tuple(a // b for a, b in zip(before, after, strict=True))
+        return self._sum_pool(node, size, size, 0, None, x)
+
     def _sum_pool(self, node: fx.Node, size: Any, stride: Any, padding: Any, pool: Any, x: _Signal) -> _Signal | None:
         """An average pooling that adds up instead; the division goes into the unit."""
         dimensions = len(self._shape(node)) - 1
@@ -289,7 +303,9 @@ class _Quantiser:
         if most > LARGEST_COUNT or partial or (pool is not None and pool.divisor_override):
             return None
         kind = SUM_POOLS[dimensions - 2]
-        node.target = self._add(f"{node.target}_sum".replace(".", "_"), kind(size, stride, padding, divisor_override=1))
+        name = str(node.target) if node.op == "call_module" else node.name
+        node.op, node.args, node.kwargs = "call_module", node.args[:1], {}
+        node.target = self._add(f"{name}_sum".replace(".", "_"), kind(size, stride, padding, divisor_override=1))
         return _Signal(cast(Tensor, x.known) / math.prod(size), most)
 
     def _flattened(self, node: fx.Node, x: _Signal) -> _Signal:

@@ -29,7 +29,8 @@ def accelerate(
 ) -> SpikingNetwork:
     """A copy of `snn` for inference: called, simulated and evaluated like any other, but neither trained nor saved.
 
-    `provenance["engine"]` says which engine it is, why, and what runs otherwise. On the CPU the process keeps the memory that it
+    `provenance["engine"]` says which engine it is, why, and which layers with weights stay in floating point although it
+    is one for whole numbers, each with the reason. On the CPU the process keeps the memory that it
     frees from now on (see `quickspike.memory.keep_freed_memory`): fresh pages for every layer can take half of the time.
 
     Args:
@@ -59,16 +60,17 @@ def accelerate(
         raise OptionError(f"the {name} engine needs a build of torch with oneDNN (x86-64); take fused")
     if device == "cpu":
         keep_freed_memory()
-    network, kept = copy.deepcopy(snn), tuple[str, ...]()
+    network, kept = copy.deepcopy(snn), list[str]()
     if name in ("integer", "count"):
+        reasons = dict[str, str]()
         if "weight_bits" not in snn.provenance:
             quantised = quantise(snn, bits)
-            network, kept = quantised.network, quantised.kept
+            network, reasons = quantised.network, dict(entry.split(": ", 1) for entry in quantised.kept)
         with torch.no_grad():
             ShapeProp(network.network).propagate(torch.zeros(1, *network.input_shape).to(next(network.parameters())))
         if name == "count":
             sum_over_steps(network)
-        Bytes(network.network).rewrite()
+        kept = Bytes(network.network, reasons).rewrite()
     elif precision == "bf16":
         to_bfloat16(network)
     for neuron in network.neurons().values():
@@ -77,7 +79,7 @@ def accelerate(
     if any(isinstance(layer, nn.Conv2d) for layer in network.modules()):
         network.to(memory_format=torch.channels_last)
     network.memory = None if memory is None else in_bytes(memory)
-    network.provenance["engine"] = {"name": name, "precision": precision, "why": why, "in floating point": list(kept)}
+    network.provenance["engine"] = {"name": name, "precision": precision, "why": why, "in floating point": kept}
     logger.info("engine %s: %s", name, why)
     return network
 

@@ -2,27 +2,32 @@
 
 oneDNN's quantised convolution and linear operators do the work. Which layers qualify is seen from the network itself
 (whole-number weights of at most 8 bits, inputs that are spikes or sums of few), as `quantise` makes it; the others run
-in floating point as before. Every sum is exact, so spikes are those of the same network in floating point.
+in floating point as before, and `Bytes.rewrite` lists them. Every sum is exact, so spikes are those of the same network in floating point.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from quickspike.neuron import Neuron
+from quickspike.neuron import Neuron, Timed
 from quickspike.operators import FUNCTION_NAMES, MAX_POOLS, Affine
-from quickspike.quantisation import LARGEST_COUNT, PADS
+from quickspike.quantisation import LARGEST_COUNT, PADS, SUM_POOLS
 
 WEIGHT = 127
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+OPERATORS = ("qconv_prepack", "qconv1d_pointwise", "qconv2d_pointwise", "qconv3d_pointwise", "qlinear_prepack", "qlinear_pointwise")
 
 
 def available() -> bool:
     """True if this build of torch has oneDNN's operators."""
-    return all(hasattr(torch.ops.onednn, name) for name in ("qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_pointwise"))
+    return all(hasattr(torch.ops.onednn, name) for name in OPERATORS)
 
 
 class _Packed:
@@ -35,29 +40,38 @@ class _Packed:
         return self
 
 
-class ByteConv2d(nn.Module):
-    """A convolution of bytes `[N, C, H, W]` with weights of 8 bits; exact sums in float32, biases added.
+class ByteConv(nn.Module):
+    """A convolution of bytes `[N, C, ...]` with weights of 8 bits; exact sums in float32, biases added.
 
     Args:
-        layer: its weights are whole numbers.
+        layer: its weights are whole numbers; with one to three axes, any padding.
     """
 
-    def __init__(self, layer: nn.Conv2d) -> None:
+    def __init__(self, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         super().__init__()
         weight = layer.weight.detach().to(torch.int8)
-        self.window: tuple[Any, ...] = (list(layer.stride), list(cast(tuple[int, ...], layer.padding)), list(layer.dilation), layer.groups)
+        # (before, after) of the last axis, then of the one before it; torch has worked out "same" here.
+        ends = list(layer._reversed_padding_repeated_twice)
+        plain = layer.padding_mode == "zeros" and ends[::2] == ends[1::2]
+        self.mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        self.ends: list[int] | None = None if plain else ends
+        padding = ends[::2][::-1] if plain else [0] * (weight.ndim - 2)
+        self.window: tuple[Any, ...] = (list(layer.stride), padding, list(layer.dilation), layer.groups)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
         self.register_buffer("scales", torch.ones(len(weight)))
         self.register_buffer("zeros", torch.zeros(len(weight), dtype=torch.int32))
         self.packed = _Packed(torch.ops.onednn.qconv_prepack(weight, self.scales, 1.0, 0, *self.window, None))
+        self.operator = OPERATORS[weight.ndim - 2]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.ends is not None:
+            x = F.pad(x, self.ends, self.mode)
         quantised = (x, 1.0, 0, self.packed.weight, self.scales, self.zeros, self.bias, *self.window, 1.0, 0, torch.float32)
-        return cast(Tensor, torch.ops.onednn.qconv2d_pointwise(*quantised, "none", [], ""))
+        return cast(Tensor, getattr(torch.ops.onednn, self.operator)(*quantised, "none", [], ""))
 
 
 class ByteLinear(nn.Module):
-    """A linear layer of bytes `[N, C]`; see `ByteConv2d`."""
+    """A linear layer of bytes `[N, C]`; see `ByteConv`."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -72,26 +86,29 @@ class ByteLinear(nn.Module):
         return cast(Tensor, torch.ops.onednn.qlinear_pointwise(*quantised, "none", [], ""))
 
 
-class ByteSum2d(nn.Module):
-    """Sums of windows of bytes that do not overlap: `[N, C, H, W]` to `[N, C, H/k, W/k]`."""
+class ByteSum(nn.Module):
+    """Sums of windows of bytes `[N, C, ...]`, as an average pooling of that size, stride and padding has them."""
 
-    def __init__(self, size: tuple[int, int]) -> None:
+    def __init__(self, size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> None:
         super().__init__()
-        self.size = size
+        self.size, self.stride, self.padding = tuple(size), tuple(stride), tuple(padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, columns = self.size
-        height, width = x.shape[2] // rows * rows, x.shape[3] // columns * columns
-        if (height, width) == self.size:
-            return x[:, :, :height, :width].sum((2, 3), keepdim=True, dtype=torch.int32).to(torch.uint8)
-        parts = [x[:, :, i:height:rows, j:width:columns] for i in range(rows) for j in range(columns)]
-        total = parts[0] + parts[1] if len(parts) > 1 else parts[0]
-        for part in parts[2:]:
-            total += part
-        return total
+        if any(self.padding):
+            x = F.pad(x, [end for width in reversed(self.padding) for end in (width, width)])
+        if x.shape[2:] == self.size:
+            return x.sum(tuple(range(2, x.ndim)), keepdim=True, dtype=torch.int32).to(torch.uint8)
+        windows = [(size - width) // step * step + 1 for size, width, step in zip(x.shape[2:], self.size, self.stride, strict=True)]
+        total = None
+        for place in itertools.product(*map(range, self.size)):
+            part = x
+            for axis, (start, length, step) in enumerate(zip(place, windows, self.stride, strict=True), 2):
+                part = part[(slice(None),) * axis + (slice(start, start + length, step),)]
+            total = part.clone() if total is None else total.add_(part)
+        return cast(Tensor, total)
 
     def extra_repr(self) -> str:
-        return f"size={self.size}"
+        return f"size={self.size}, stride={self.stride}, padding={self.padding}"
 
 
 class ByteScale(nn.Module):
@@ -125,30 +142,58 @@ class ToFloat(nn.Module):
 
 
 class Bytes:
-    """Rewrites the graph of a spiking network, whose shapes were recorded, so that layers pass bytes on wherever they can."""
+    """Rewrites the graph of a spiking network, whose shapes were recorded, so that layers pass bytes on wherever they can.
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        self.module = module
+    Args:
+        module: the graph.
+        reasons: why layers stay in floating point, by name, where that is known already.
+    """
+
+    def __init__(self, module: fx.GraphModule, reasons: Mapping[str, str]) -> None:
+        self.module, self.reasons = module, reasons
         self.most: dict[fx.Node, int | None] = {}
         self.floats: dict[fx.Node, fx.Node] = {}
 
-    def rewrite(self) -> None:
-        """In place."""
+    def rewrite(self) -> list[str]:
+        """In place; what has weights and stays in floating point, each with the reason."""
+        kept, timed = list[str](), set[fx.Node]()
         for node in list(self.module.graph.nodes):
+            layer, parents = self._layer(node), node.all_input_nodes
+            if isinstance(layer, Timed) or any(parent in timed for parent in parents):
+                timed.add(node)
             self.most[node] = most = self._most(node)
-            if most is None:
-                for parent in node.all_input_nodes:
+            if most is None and _has_weights(node, layer) and not self._reads_bytes(node):
+                name = str(node.target) if layer is not None else f"{node.name} ({FUNCTION_NAMES.get(node.target)})"
+                kept.append(f"{name}: {self.reasons.get(name) or self._reason(node, node in timed)}")
+            if most is None or isinstance(layer, Neuron):
+                for parent in parents:
                     if self.most[parent] is not None and not self._reads_bytes(node):
                         node.replace_input_with(parent, self._as_float(parent))
         self.module.delete_all_unused_submodules()
         self.module.graph.lint()
         self.module.recompile()
+        return list(dict.fromkeys(kept))
+
+    def _reason(self, node: fx.Node, timed: bool) -> str:
+        """Why `node`, which has weights, stays in floating point."""
+        layer = self._layer(node)
+        if not timed:
+            return "reads no spikes"
+        if layer is None:
+            return "has weights of its own, in no layer"
+        if type(layer) not in (*CONVOLUTIONS, nn.Linear):
+            return f"{type(layer).__name__} has no form in whole numbers here"
+        if any(self.most[parent] is None for parent in node.all_input_nodes):
+            return "reads real numbers"
+        if not _whole(layer.weight):
+            return "its weights are no whole numbers of 8 bits"
+        return f"{type(layer).__name__} has no form in whole numbers here"
 
     def _layer(self, node: fx.Node) -> Any:
         return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def _reads_bytes(self, node: fx.Node) -> bool:
-        return isinstance(self._layer(node), (ByteConv2d, ByteLinear))
+        return isinstance(self._layer(node), (ByteConv, ByteLinear))
 
     def _as_float(self, node: fx.Node) -> fx.Node:
         if node not in self.floats:
@@ -187,8 +232,8 @@ class Bytes:
 
     def _from_layer(self, node: fx.Node, layer: Any, most: int) -> int | None:
         dimensions = node.meta["tensor_meta"].shape
-        if type(layer) is nn.Conv2d and not isinstance(layer.padding, str) and layer.padding_mode == "zeros" and _whole(layer.weight):
-            self._replace(node, ByteConv2d(layer))
+        if type(layer) in CONVOLUTIONS and _whole(layer.weight):
+            self._replace(node, ByteConv(layer))
             return None
         if type(layer) is nn.Linear and len(dimensions) == 2 and _whole(layer.weight):
             self._replace(node, ByteLinear(layer))
@@ -198,10 +243,11 @@ class Bytes:
             if total <= LARGEST_COUNT:
                 self._replace(node, ByteScale(layer.weight.detach(), len(dimensions)))
                 return total
-        if type(layer) is nn.AvgPool2d and layer.divisor_override == 1 and _apart(layer):
-            total = most * math.prod(_pair(layer.kernel_size))
+        if type(layer) in SUM_POOLS and layer.divisor_override == 1 and not layer.ceil_mode:
+            size, stride, padding = (_each_axis(value, len(dimensions) - 2) for value in (layer.kernel_size, layer.stride, layer.padding))
+            total = most * math.prod(size)
             if total <= LARGEST_COUNT:
-                self._replace(node, ByteSum2d(_pair(layer.kernel_size)))
+                self._replace(node, ByteSum(size, stride, padding))
                 return total
         if type(layer) in MAX_POOLS:
             self._replace(node, ByteMax(layer))
@@ -220,10 +266,12 @@ def _whole(values: Tensor, largest: int = WEIGHT) -> bool:
     return bool((values == values.round()).all()) and bool((values.abs() <= largest).all())
 
 
-def _apart(pool: nn.AvgPool2d) -> bool:
-    """True if windows do not overlap, and hold nothing but the image."""
-    return _pair(pool.kernel_size) == _pair(pool.stride) and not any(_pair(pool.padding)) and not pool.ceil_mode
+def _each_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    return (value,) * axes if isinstance(value, int) else tuple(value)
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+def _has_weights(node: fx.Node, layer: nn.Module | None) -> bool:
+    """True if it multiplies by weights; one for each channel are next to no work."""
+    if layer is None:
+        return node.op == "call_function" and any(parent.op == "get_attr" for parent in node.all_input_nodes)
+    return not isinstance(layer, (Timed, Affine)) and any(True for _ in layer.parameters())
