@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 import quickspike as qs
+from quickspike.api import tune
 from quickspike.augmentation import Augmentation
 from quickspike.data import load_data
 from quickspike.errors import QuickspikeError
@@ -91,6 +92,9 @@ def work(fabric, out, snn):
         train(net(), batch_size=63)
     except QuickspikeError as error:
         found["odd"] = str(error)
+
+    every = dataclasses.replace(settings, epochs=1, every_step=True, learning_rate=0.01)
+    tensors["every step"] = tune(qs.load(snn), Trainer(fabric=fabric, data=data, settings=every)).state_dict()
 
     broken = net()
 
@@ -205,6 +209,18 @@ def test_two_processes_hold_the_same_network(two: Any) -> None:
     for stage, tensors in first.items():
         for name, tensor in tensors.items():
             assert torch.equal(tensor, second[stage][name]), (stage, name)
+
+
+def test_two_processes_learn_the_answers_of_every_step(one: Any, two: Any, folder: Path) -> None:
+    """Where a current lies at a threshold, sums in another order change a spike; on the whole both move alike."""
+    start = qs.load(folder / "snn").state_dict()
+    moves = [
+        torch.cat([(tensors["every step"][name] - value).flatten() for name, value in start.items() if name.endswith("weight")])
+        for _, tensors in (one, *two)
+    ]
+    assert float(moves[0].abs().max()) > 1e-3
+    for move in moves[1:]:
+        assert float(torch.cosine_similarity(move, moves[0], 0)) > 0.9
 
 
 def test_with_batch_norm_the_accuracy_is_as_good(one: Any, two: Any) -> None:
