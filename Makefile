@@ -1,11 +1,11 @@
-# make demo | make test | make check | make bench | make setup | make clean
+# make demo | make test | make check | make bench | make graphs | make setup | make clean
 # Each sets up .venv first if that is not done yet; afterwards nothing needs the network.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check bench setup clean
+.PHONY: demo test check bench graphs setup clean
 
 demo: $(READY)
 	@$(BIN)/quickspike demo
@@ -22,6 +22,12 @@ bench: $(READY)
 	@$(BIN)/python bench/engines.py --models vgg16 resnet20 --steps 1 4 --repetitions 5
 	@$(BIN)/python bench/tuning_step.py --steps 2 --repetitions 3
 	@$(BIN)/python bench/scaling.py --only steps depth calibration --repetitions 3
+
+GRAPHS ?= 500
+
+# Random networks, always the same ones: each converts rightly or is refused by name.
+graphs: $(READY)
+	@$(BIN)/python tests/test_random_graphs.py $(GRAPHS)
 
 setup: $(READY)
 

@@ -59,14 +59,25 @@ SHAPES: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
     "scale": lambda: lambda x: x * 0.5 + 0.1,
     "in place": lambda: lambda x: x.add_(0.1).mul_(0.9),
     "cut": lambda: lambda x: x[:, :, 1:, :-1],
+    "flipped": lambda: lambda x: x.flip(1, -1),
+    "rolled": lambda: lambda x: torch.roll(x, (1, 2), (1, 3)),
+    "repeated": lambda: lambda x: x.repeat(1, 2, 1, 1)[:, 1:5],
+    "moved": lambda: lambda x: x.movedim(1, -1).swapaxes(1, 3).movedim(1, 3).transpose(1, 3),
+    "F.channel_shuffle": lambda: lambda x: F.channel_shuffle(x, 2),
+    "up and down": lambda: lambda x: F.pixel_unshuffle(F.pixel_shuffle(x, 2), 2),
+    "cumsum": lambda: lambda x: 0.5 * x.cumsum(1),
+    "nn.ReflectionPad2d": lambda: nn.ReflectionPad2d((1, 0, 0, 1)),
+    "bilinear": lambda: nn.UpsamplingBilinear2d((6, 7)),
+    "-1 behind": lambda: lambda x: x.view(x.size(0), x.size(1), -1).view(x.shape),
 }
 REFUSED: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
     "layer norm": lambda: lambda x: F.layer_norm(x.relu(), x.shape[1:]),
     "nn.GroupNorm": lambda: _After(nn.GroupNorm(2, 4)),
     "softmax": lambda: lambda x: x.relu().softmax(1),
     "einsum": lambda: lambda x: torch.einsum("bchw,bdhw->bchw", x.relu(), x),
-    "cumsum": lambda: lambda x: x.relu().cumsum(1),
     "std": lambda: lambda x: x.relu() / (1 + x.std((2, 3), keepdim=True)),
+    "instance norm": lambda: _After(nn.InstanceNorm2d(4)),
+    "glu": lambda: lambda x: F.glu(torch.cat([x, x.relu()], 1), 1),
     "mean over the batch": lambda: lambda x: x.relu() - x.mean(0, keepdim=True),
     "batch statistics": lambda: nn.BatchNorm2d(4, track_running_stats=False),
     "sort": lambda: lambda x: x.relu().sort(1)[0],
@@ -102,6 +113,11 @@ JOINS = ("plain", "residual", "residual of spikes", "concatenated", "shared", "g
 CONVOLUTIONS = ("nn.Conv2d", "F.conv2d", "depthwise", "nn.ConvTranspose2d", "grouped")
 NORMS = ("none", "behind", "in front", "function")
 HEADS = ("mean", "nn.AdaptiveAvgPool2d", "flatten", "view")
+
+
+def all_networks() -> st.SearchStrategy[Drawn]:
+    """A third each: exact ones, with smooth activations, and with what does not convert."""
+    return st.one_of(drawn_networks(), drawn_networks(smooth=True), drawn_networks(smooth=True, refused=True))
 
 
 def drawn_networks(smooth: bool = False, refused: bool = False) -> st.SearchStrategy[Drawn]:

@@ -109,9 +109,17 @@ class Sized(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.conv, self.operation = nn.Conv2d(3, 4, 3, padding=1), operation
+        self.head = nn.Sequential(nn.Dropout(), nn.Linear(256, 2))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.operation(F.relu(self.conv(x)))
+
+
+class Counted(Sized):
+    """A linear layer behind."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(super().forward(x))
 
 
 FOLLOWING: Sizes = {
@@ -156,3 +164,12 @@ def test_a_number_made_of_sizes_that_has_no_place_in_files_fixes_them(tmp_path: 
             assert torch.allclose(one(images), net(images), atol=0.02)
         with pytest.raises(DataError, match=r"recorded for 8 x 8; got \[4, 3, 16, 16\]\. Way out"):
             one(torch.randn(4, 3, 16, 16))
+
+
+def test_features_that_a_linear_layer_counts_are_flattened() -> None:
+    """Which every engine knows; the layer refuses other numbers of them."""
+    snn = qs.convert(Counted(lambda x: x.view(-1, 256)).eval(), torch.randn(6, 3, 8, 8), steps=2)
+    assert "flatten" in snn.code
+    assert "shape" not in snn.code
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        snn(torch.randn(4, 3, 16, 16))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
 import quickspike as qs
-from quickspike.conversion import SpikingNetwork
 from quickspike.errors import UnsupportedOperatorError
-from random_graphs import IMAGE, REFUSED, Drawn, RandomGraph, drawn_networks
+from random_graphs import IMAGE, REFUSED, Drawn, RandomGraph, all_networks, drawn_networks
 
 EXAMPLES = int(os.environ.get("QUICKSPIKE_GRAPHS", "12"))
 """Graphs drawn per test."""
@@ -37,58 +38,85 @@ def off(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
 
 
-def checked(drawn: Drawn) -> tuple[nn.Module, SpikingNetwork]:
-    """The network and its synchronous conversion, after the graph has been compared."""
+@dataclass(frozen=True)
+class Found:
+    """Of a network that converts: how far the outputs are off, in units of the largest."""
+
+    graph: float
+    synchronous: float
+    streaming: float
+    """After `STREAMED` steps."""
+
+
+CEILINGS = {"ceiling": "percentile", "percentile": 100.0}
+STREAMED = (32, 512)
+
+
+def check(drawn: Drawn) -> Found | None:
+    """Everything that must hold for a network; None if it is refused by name."""
     net = RandomGraph(drawn)
     before = copy.deepcopy(net.state_dict())
-    traced = qs.trace(net, images(1), pieces=64)
+    refused = any(block[-1] in REFUSED for block in drawn.blocks)
+    try:
+        traced = qs.trace(net, images(1), pieces=64)
+    except UnsupportedOperatorError as error:
+        assert refused
+        assert "Way out: " in str(error)
+        assert not qs.inspect(net, images(1)).convertible
+        assert unchanged(net, before)
+        return None
+    assert not refused
+    assert traced.sites
     with torch.no_grad():
-        assert off(traced.module(images()), net(images())) < (0.05 if any(one.error for one in traced.coverage.findings) else 1e-4)
-    ceilings = {"ceiling": "percentile", "percentile": 100.0}
-    snn = qs.convert(net, images(8), "threshold_balancing", steps=STEPS, synchronous=True, pieces=64, **ceilings)
+        graph = off(traced.module(images()), net(images()))
+    assert graph < (0.05 if any(one.error for one in traced.coverage.findings) else 1e-4)
+    found = Found(graph, synchronous(net), streaming(net, traced.module))
     assert unchanged(net, before)
-    return net, snn
+    return found
 
 
-def right(net: nn.Module, snn: SpikingNetwork) -> None:
+def synchronous(net: nn.Module) -> float:
     """Layers that wait see no unevenness: what is left is a half step of the largest activation for every neuron."""
+    inputs = images(8)
+    snn = qs.convert(net, inputs, steps=STEPS, synchronous=True, pieces=64, **CEILINGS)
     with torch.no_grad():
-        inputs = images(8)
-        assert off(snn(inputs), net(inputs)) < 0.1
+        error = off(snn(inputs), net(inputs))
+    assert error < 0.1
+    return error
+
+
+def streaming(net: nn.Module, lines: nn.Module) -> float:
+    """Time folded into the batch gives what a run step by step gives, and the error falls as T rises; the file does too."""
+    inputs = images(4)
+    snn = qs.convert(net, inputs, steps=STREAMED[1], pieces=64, **CEILINGS)
+    with torch.no_grad():
+        wanted, logits = lines(inputs), snn.run(inputs).logits
+        early, late = (off(logits[steps - 1], wanted) for steps in STREAMED)
+        few = snn.with_steps(5)
+        assert torch.allclose(qs.simulate(few, inputs, step_by_step=True).logits, few.run(inputs).logits, rtol=1e-3, atol=1e-3)
         with tempfile.TemporaryDirectory() as folder:
-            snn.save(Path(folder) / "network.safetensors")
-            assert torch.equal(qs.load(Path(folder) / "network.safetensors")(inputs[:2]), snn(inputs[:2]))
+            few.save(Path(folder) / "network.safetensors")
+            assert torch.equal(qs.load(Path(folder) / "network.safetensors")(inputs[:2]), few(inputs[:2]))
+    assert late < max(0.5 * early, 0.03), (early, late)
+    return late
 
 
 @drawing
 @given(drawn_networks())
 def test_a_random_graph_converts_rightly(drawn: Drawn) -> None:
-    right(*checked(drawn))
+    assert check(drawn) is not None
 
 
 @settings(drawing, max_examples=max(EXAMPLES // 4, 5))
 @given(drawn_networks(smooth=True))
 def test_with_smooth_activations_too(drawn: Drawn) -> None:
-    right(*checked(drawn))
+    assert check(drawn) is not None
 
 
 @drawing
-@given(drawn_networks(smooth=True, refused=True))
+@given(drawn_networks(refused=True).filter(lambda drawn: any(block[-1] in REFUSED for block in drawn.blocks)))
 def test_what_does_not_convert_is_refused_by_name(drawn: Drawn) -> None:
-    net = RandomGraph(drawn)
-    before = copy.deepcopy(net.state_dict())
-    refused = any(block[-1] in REFUSED for block in drawn.blocks)
-    try:
-        traced = qs.trace(net, images(1))
-    except UnsupportedOperatorError as error:
-        assert refused
-        assert "Way out: " in str(error)
-        assert not qs.inspect(net, images(1)).convertible
-    else:
-        assert not refused
-        assert qs.inspect(net, images(1)).convertible
-        assert traced.sites
-    assert unchanged(net, before)
+    assert check(drawn) is None
 
 
 ORDER = {
@@ -117,3 +145,25 @@ def test_the_error_falls_as_the_number_of_steps_rises(name: str) -> None:
             errors.append(float((snn(inputs) - net(inputs)).abs().mean()))
     slope = np.polyfit(np.log(times), np.log(errors), 1)[0]
     assert -1.2 < slope < -0.8, errors
+
+
+def main(count: int) -> None:
+    """`make graphs`: as many networks, always the same ones, and one line that says how it went."""
+    found: list[Found | None] = []
+
+    @settings(drawing, max_examples=count, derandomize=True, database=None)
+    @given(all_networks())
+    def every(drawn: Drawn) -> None:
+        found.append(check(drawn))
+
+    every()
+    right = [one for one in found if one is not None]
+    worst = ", ".join(f"{name} {max(getattr(one, name) for one in right):.2g}" for name in ("graph", "synchronous", "streaming"))
+    sys.stdout.write(
+        f"{len(found)} random graphs: {len(right)} converted, {len(found) - len(right)} refused by name, 0 wrong, 0 crashes; "
+        f"largest relative errors: {worst} (T = {STEPS} synchronous, {STREAMED[1]} streaming)\n"
+    )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

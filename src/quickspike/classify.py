@@ -335,8 +335,9 @@ class _Classifier:
         call = self.graph.call_function
         below = call(activate, (call(neg, (node.args[0],)),))
         above = call(activate, (node.args[0],))
+        place: dict[str, Any] = {key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta}
         for site in (below, above):
-            site.meta.update(function="prelu", ceiling=None, module_name=module_name or node.meta.get("module_name", ""))
+            site.meta.update(place, function="prelu", ceiling=None, module_name=module_name or node.meta.get("module_name", ""))
         weight = slopes if isinstance(slopes, Tensor) else attrgetter(str(slopes.target))(self.module)
         channels = self.sizes.shapes[node.name][1]
         affine = Affine(channels).to(weight)
@@ -405,10 +406,21 @@ class _Classifier:
             axes: of x if it is a signal, else 0.
         """
         call, tail = self.graph.call_function, self._tail(node)
-        if tail == [-1] and axes > 1:
+        if axes > 1 and len(tail) == 1 and (tail == [-1] or (isinstance(tail[0], int) and self._counts_features(node))):
             return call(torch.flatten, (node.args[0], 1))
         batch = call(FUNCTIONS["getitem"].run, (call(FUNCTIONS["shape"].run, (node.args[0],)), 0)) if axes else -1
         return call(FUNCTIONS["reshape"].run, (node.args[0], (batch, *tail)))
+
+    def _counts_features(self, node: fx.Node) -> bool:
+        """True if whatever reads this value refuses another number of features."""
+
+        def refuses(user: fx.Node) -> bool:
+            layer = self.module.get_submodule(str(user.target)) if user.op == "call_module" else None
+            if isinstance(layer, NO_OPERATION_LAYERS) or user.target in (*NO_OPERATIONS, *DROPOUTS):
+                return self._counts_features(user)
+            return type(layer) in (nn.Linear, nn.BatchNorm1d)
+
+        return bool(node.users) and all(map(refuses, node.users))
 
     def _tail(self, node: fx.Node) -> list[Any]:
         """The sizes that a reshape or an expansion asks for, but for the batch; as numbers, -1, or nodes."""
