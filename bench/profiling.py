@@ -3,8 +3,8 @@
     python bench/profiling.py [--models resnet20 vgg16] [--steps 4] [--batch 32] [--calls 5] [--out FILE]
 
 Milliseconds a call from torch.profiler: the time in an operator itself, not in those that it calls, added up by kind. The
-total is the wall time of calls without the profiler. What is left of it is Python and, on `integer` and `count`, the
-compiled loops of the neurons, which are no operators there.
+total is the wall time of calls without the profiler. Compiled loops of the neurons are no operators; a mark around each
+layer of neurons makes them visible. What is left of the total is Python.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from functools import partial
 import torch
 from engines import IMAGE, prepared
 from timing import add_out, save, seconds_of
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
 
 import quickspike as qs
 from quickspike.memory import keep_freed_memory
 from quickspike.networks import NETWORKS
 
+MARK = "quickspike::"
 KINDS = {
     "layers": r"conv|linear|addmm|\bmm\b|matmul|bmm|mkldnn",
-    "neurons": r"quickspike|fused|_Scan",
+    "neurons": MARK,
     "other": r"",
 }
 """Kind of an operator: the first whose pattern is found in its name."""
@@ -33,6 +35,18 @@ KINDS = {
 
 def kind_of(operator: str) -> str:
     return next(kind for kind, pattern in KINDS.items() if re.search(pattern, operator))
+
+
+def marked(network: qs.SpikingNetwork) -> qs.SpikingNetwork:
+    """The same network, whose neurons show in a profile."""
+    for neuron in network.neurons().values():
+
+        def forward(x: Tensor, run: Callable[[Tensor], Tensor] = neuron.forward) -> Tensor:
+            with record_function(f"{MARK}neurons"):
+                return run(x)
+
+        neuron.forward = forward  # type: ignore[method-assign]
+    return network
 
 
 def times_of(run: Callable[[], object], calls: int) -> dict[str, float]:
@@ -67,9 +81,9 @@ def main() -> None:
         images = torch.randn(options.batch, *IMAGE, generator=generator).contiguous(memory_format=torch.channels_last)
         networks = {
             "source network": ann.to(memory_format=torch.channels_last),
-            "fused": qs.accelerate(snn, "fused"),
-            "integer": qs.accelerate(snn, "integer"),
-            "count": qs.accelerate(snn.as_synchronous(), "count"),
+            "fused": marked(qs.accelerate(snn, "fused")),
+            "integer": marked(qs.accelerate(snn, "integer")),
+            "count": marked(qs.accelerate(snn.as_synchronous(), "count")),
         }
         for engine, network in networks.items():
             with torch.inference_mode():

@@ -141,6 +141,19 @@ def test_kinds_of_operators(operator: str, kind: str) -> None:
     assert script("profiling").kind_of(operator) == kind
 
 
+@pytest.mark.parametrize("engine", ["fused", "integer"])
+def test_neurons_show_in_a_profile(engine: Any) -> None:
+    profiling = script("profiling")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 144, 3))
+    images = torch.randn(8, 3, 16, 16)
+    network = profiling.marked(qs.accelerate(qs.convert(net, images, steps=4), engine))
+    with torch.inference_mode():
+        found = profiling.times_of(partial(network, images), 1)
+    assert set(found) == {"total", "layers", "neurons", "other"}
+    assert min(found["neurons"], found["layers"]) > 0
+
+
 # Scripts on a toy network
 
 
