@@ -221,8 +221,9 @@ def test_the_answer_in_parts_of_the_steps_is_that_of_all(chain: tuple[qs.Spiking
         wanted = fast(images[:1])
         for memory in (5_000, 8_000, 10**6):
             fast.memory = memory
-            assert torch.equal(fast(images[:1]), wanted)
-            assert torch.equal(fast.run(images[:1]).logits[-1], wanted)
+            # Layers add up in another order where they have another number of rows.
+            torch.testing.assert_close(fast(images[:1]), wanted)
+            torch.testing.assert_close(fast.run(images[:1]).logits[-1], wanted)
 
 
 # Memory that is used again
