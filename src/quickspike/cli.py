@@ -9,7 +9,6 @@ import dataclasses
 import logging
 import math
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,14 +26,15 @@ from quickspike.cli_options import (
     SiteArguments,
     SiteChoices,
     Weights,
+    commands_of,
     method_options,
-    without_paths,
+    remember_command,
+    typed,
 )
 from quickspike.console import Tracked, dump, print_json, show, track
 from quickspike.version import __version__
 
 if TYPE_CHECKING:
-    from quickspike.conversion import SpikingNetwork
     from quickspike.method import Method
 
 DEFAULT_METHOD = "threshold_balancing"
@@ -167,7 +167,6 @@ def _convert(model: str, data: DataOptions, settings: ConvertOptions, choices: S
     from quickspike.files import check_writable
     from quickspike.method import create, get
     from quickspike.models import load_model
-    from quickspike.provenance import digest
 
     chosen = create(settings.method, **options, sites=choices.sites(get(settings.method)))
     check_writable(settings.out)
@@ -183,9 +182,7 @@ def _convert(model: str, data: DataOptions, settings: ConvertOptions, choices: S
     snn = finish(ann, stream, chosen)
     preprocessing = dataclasses.asdict(data_set.preprocessing)
     snn.provenance.update(model=Path(model).name, data=Path(data.data).name, preprocessing=preprocessing)
-    # With the digest a page can tell whether this command alone makes the network.
-    tensors = (value for _, value in sorted(snn.state_dict().items()))
-    snn.provenance["made"] = {"by": f"quickspike {shlex.join(without_paths(sys.argv[1:]))}", "digest": digest(tensors)}
+    remember_command(snn)
     snn.save(settings.out)
     if settings.json:
         print_json({"out": str(settings.out), "coverage": ann.coverage.to_json(), "method": snn.method, "provenance": snn.provenance})
@@ -334,7 +331,7 @@ def evaluate(
     if page is not None:
         sample = first_sample(longest, data_set)
         entry = Entry(str(snn.method.get("name")), report, longest, report.anatomy, operations, priced, sample)
-        commands = [_made_by(snn, network.name), f"quickspike {shlex.join(without_paths(sys.argv[1:]))}"]
+        commands = [commands_of(snn, network.name), typed()]
         write_page(page, f"{Path(network).name} on {data_set.name}", [entry], "\n".join(commands))
     if json:
         print_json(found)
@@ -346,19 +343,6 @@ def evaluate(
             show(anatomy_tables(report.anatomy))
         if energy:
             show(energy_tables(operations, priced))
-
-
-def _made_by(snn: SpikingNetwork, name: str) -> str:
-    """The command that converted a network, or why there is none to repeat."""
-    from quickspike.provenance import digest
-
-    made = snn.provenance.get("made")
-    if not isinstance(made, dict) or "by" not in made:
-        return f"# {name} was made in Python, or by a command that trains; its method and settings are below"
-    command = str(made["by"])
-    if made.get("digest") != digest(value for _, value in sorted(snn.state_dict().items())):
-        return f"{command}\n# ... and {name} was changed afterwards, for example by quickspike tune"
-    return command
 
 
 COUNTED = 200

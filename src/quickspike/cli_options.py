@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 if TYPE_CHECKING:
+    from quickspike.conversion import SpikingNetwork
     from quickspike.data import DataSet
     from quickspike.method import Method
     from quickspike.searching import Candidate
@@ -187,3 +190,32 @@ ChoiceArguments = Annotated[Choices, tyro.conf.OmitArgPrefixes]
 def without_paths(arguments: list[str]) -> list[str]:
     """Arguments as they would be given elsewhere: of absolute paths only the last part, also in --out=/a/b and npz:/a/b."""
     return [re.sub(r"^(--[\w-]+=|)(npz:|imagefolder:|)/(?:.*/)?([^/]+)/?$", r"\1\2\3", text) for text in arguments]
+
+
+def typed() -> str:
+    """The command, without the folders of whoever typed it."""
+    return f"quickspike {shlex.join(without_paths(sys.argv[1:]))}"
+
+
+def remember_command(snn: SpikingNetwork, before: str = "") -> None:
+    """Keep in a network the commands that made it; `before` this one there may be others, a line each.
+
+    With the digest a page can tell whether they alone did.
+    """
+    from quickspike.provenance import digest
+
+    by = f"{before}\n{typed()}" if before else typed()
+    snn.provenance["made"] = {"by": by, "digest": digest(value for _, value in sorted(snn.state_dict().items()))}
+
+
+def commands_of(snn: SpikingNetwork, name: str) -> str:
+    """The commands that made a network, or why there is none to repeat."""
+    from quickspike.provenance import digest
+
+    made = snn.provenance.get("made")
+    if not isinstance(made, dict) or "by" not in made:
+        return f"# {name} was made in Python; its method and settings are below"
+    commands = str(made["by"])
+    if made.get("digest") != digest(value for _, value in sorted(snn.state_dict().items())):
+        return f"{commands}\n# ... and {name} was changed afterwards, in Python"
+    return commands

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from quickspike.cli_options import DataArguments, Json, ModelName, Weights, candidate_of, without_paths
+from quickspike.cli_options import DataArguments, Json, ModelName, Weights, candidate_of, typed
 from quickspike.cli_training import TUNING
 from quickspike.console import Tracked, TrainingWatcher, print_json, show
 
@@ -92,7 +91,7 @@ def compare(
     if out is not None:
         write_text(out, dump(plain))
     if page is not None:
-        write_page(page, f"{Path(model).name} on {data_set.name}: methods compared", entries, _typed(), trials)
+        write_page(page, f"{Path(model).name} on {data_set.name}: methods compared", entries, typed(), trials)
     print_json(plain) if json else show(compare_table(reports))
 
 
@@ -104,11 +103,6 @@ def _entry(name: str, snn: SpikingNetwork, found: Mapping[int, Report], data: Da
     accuracy = {steps: report.accuracy[steps] for steps, report in sorted(found.items())}
     latency = {steps: report.latency[steps] for steps, report in sorted(found.items())}
     return described(name, dataclasses.replace(last, steps=tuple(accuracy), accuracy=accuracy, latency=latency), snn, data)
-
-
-def _typed() -> str:
-    """The command, without the folders of whoever typed it."""
-    return f"quickspike {shlex.join(without_paths(sys.argv[1:]))}"
 
 
 def search(
@@ -212,7 +206,7 @@ def search(
             entries.append(described(found.best.candidate, report, best, data_set))
     if page is not None and found.trials:
         title = f"{Path(model).name} on {data_set.name}: the least T"
-        write_page(page, title, entries, _typed(), found.trials, search_outcome(found, report))
+        write_page(page, title, entries, typed(), found.trials, search_outcome(found, report))
     if json:
         print_json(found.to_json() | {"test": None if report is None else report.to_json()})
     else:
