@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -205,3 +206,40 @@ def test_counts_do_not_end_in_half_precision() -> None:
     out, _ = integrate(x, torch.zeros(1, dtype=torch.bfloat16), one, one, one, 600, signed=True)
     assert (out[:300] == 1).all()
     assert (out[300:] == -1).all()
+
+
+# Compiled loops
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize(("channels_last", "constant", "strict"), [(False, False, False), (True, False, True), (True, True, False)])
+def test_compiled_loops_give_the_spikes_of_the_reference(
+    dtype: torch.dtype, per_channel: bool, channels_last: bool, constant: bool, strict: bool
+) -> None:
+    draw = torch.Generator().manual_seed(3)
+    shape = (7, 1, 1) if per_channel else ()
+    theta, leak = (torch.rand(shape, generator=draw) + 0.5 for _ in range(2))
+    parameters = NeuronParameters(theta, 0.5, leak.clamp(max=1), amplitude=theta + 0.25, strict=strict, signed=True)
+    neurons = [Neuron(parameters, 6, constant).eval() for _ in range(2)]
+    neurons[1].compiled = False
+    # Whole eighths of theta land on the firing level, and on 0, where only the rule decides.
+    x = torch.randn((1 if constant else 6) * 3, 7, 5, 9, generator=draw).mul(8).round().div(8) * theta
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    with torch.no_grad():
+        compiled, reference = (neuron(x) for neuron in neurons)
+        assert torch.equal(compiled, reference)
+        assert compiled.dtype == dtype and compiled.stride() == reference.stride()
+        assert {float(value) for value in reference.sign().unique()} == {-1.0, 0.0, 1.0} or constant
+        # In parts, and with what can still be taken back handed on.
+        states: list[Any] = [None, None]
+        for part in (slice(0, 2), slice(2, 6)):
+            steps = part.stop - part.start
+            some = x if constant else unfold(x, 6)[part].flatten(0, 1)
+            outs = []
+            for index, neuron in enumerate(neurons):
+                out, states[index] = neuron.scan(some, states[index], steps)
+                outs.append(out)
+            assert torch.equal(*outs)
+            assert torch.equal(outs[0], unfold(reference, 6)[part].flatten(0, 1))
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(*states, strict=True) if mine is not None)

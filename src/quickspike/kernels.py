@@ -225,6 +225,45 @@ def fire_on(
     return fire(current, v, theta, leak, amplitude, rule, dtype, potentials, state is not None), potentials
 
 
+def fire_signed(
+    current: Tensor, state: Tensor, left: Tensor | None, theta: Tensor, leak: Tensor, amplitude: Tensor, rule: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(outputs `[T*B, ...]`, potentials, spikes that can be taken back, `[B, ...]`) of the next steps, without a gradient, on the CPU.
+
+    `state` are the potentials before, and so is `left`, which is 0 at the beginning; other arguments as of `fire`.
+    """
+    dense = _dense(current)
+    inner = 1 if dense is None else dense[1]
+    out = _empty_outputs(current, rule.steps, rule.constant)
+    one = current if rule.constant else current[: len(current) // rule.steps]
+    potentials, rest = torch.empty_like(one, dtype=torch.float32), torch.zeros_like(one, dtype=torch.float32)
+    potentials.copy_(state)
+    if left is not None:
+        rest.copy_(left)
+    heights = [_bits(height.detach().to(out.dtype).reshape(1, -1), 1).reshape(-1).astype(np.uint32) for height in (amplitude, -amplitude)]
+    channels = max(parameter.numel() for parameter in (theta, leak, amplitude))
+    length = _loops().block_length(channels, inner)
+    _share_out(
+        _loops().forward_signed,
+        _groups(out.numel() // rule.steps, length),
+        _bits(current, 1 if rule.constant else rule.steps),
+        _bits(out, rule.steps),
+        _bits(potentials, 1)[0].view(np.float32),
+        _bits(rest, 1)[0].view(np.float32),
+        _flat(theta),
+        _flat(_firing_level(theta, rule.strict)),
+        _flat(leak),
+        *heights,
+        channels,
+        inner,
+        length,
+        rule.steps,
+        rule.constant,
+        current.dtype == torch.bfloat16,
+    )
+    return out, potentials, rest
+
+
 class _Fused(torch.autograd.Function):
     """`neuron._Scan` without the final potential, in compiled loops."""
 

@@ -135,6 +135,48 @@ def forward(first, last, x, out, state, resume, v0, theta, fires_at, leak, heigh
             state[start : start + size] = v[:size]
 
 
+@_compile
+def forward_signed(first, last, x, out, state, left, theta, fires_at, leak, up, down, channels, inner, length, steps, constant, half):
+    """`forward` of neurons that take spikes back; `up` and `down` hold the bits of the heights of 1 and -1.
+
+    `state` and `left` `[N]` hold the potentials and the spikes that can be taken back, before the first step and after the last.
+    """
+    number = out.shape[1]
+    bits, high, low = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32)
+    current = bits.view(np.float32)
+    v, m = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    th, fa, lk = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    fired, rest = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    tiled = -1
+    for start in range(first * GROUP * length, min(last * GROUP * length, number), length):
+        size = min(length, number - start)
+        phase = phase_of(start, inner, channels)
+        if phase != tiled:
+            tile(theta, start, length, inner, th)
+            tile(fires_at, start, length, inner, fa)
+            tile(leak, start, length, inner, lk)
+            tile(up, start, length, inner, high)
+            tile(down, start, length, inner, low)
+            tiled = phase
+        v[:size] = state[start : start + size]
+        rest[:size] = left[start : start + size]
+        for t in range(steps):
+            load(x, 0 if constant else t, start, size, bits, half)
+            integrate(current, lk, v, size, m)
+            for i in range(size):
+                back = np.float32(1.0) if (m[i] < np.float32(0.0)) & (rest[i] > np.float32(0.0)) else np.float32(0.0)
+                fired[i] = (np.float32(1.0) if m[i] >= fa[i] else np.float32(0.0)) - back
+            for i in range(size):
+                v[i] = m[i] - th[i] * fired[i]
+            for i in range(size):
+                rest[i] = rest[i] + fired[i]
+            row = out[t, start : start + size]
+            for i in range(size):
+                row[i] = high[i] if fired[i] > np.float32(0.0) else (low[i] if fired[i] < np.float32(0.0) else np.uint32(0))
+        state[start : start + size] = v[:size]
+        left[start : start + size] = rest[:size]
+
+
 @_inline
 def count_directly(current, begin, inverse, size, steps, m, counts):
     """counts[:size] = clip(floor((v0 + T current)/theta), 0, T); True if every one is that of the steps, too.

@@ -357,12 +357,14 @@ class Neuron(Timed):
         v, mask, left = state or (None, None, None)
         initial, amplitude = self.initial * theta, self._height(theta)
         rule = _Rule(steps, constant, self.strict, self.surrogate)
+        learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, theta, leak, amplitude))
+        compiled = self.compiled and not learning and kernels.applies(x, (initial, theta, leak, amplitude), steps, self.surrogate.shape)
         if self.signed:
-            out, v, left = _signed_scan(x, initial if v is None else v, left, theta, leak, amplitude, rule)
+            scan = kernels.fire_signed if compiled and x.device.type == "cpu" and not torch.compiler.is_compiling() else _signed_scan
+            out, v, left = scan(x, initial if v is None else v, left, theta, leak, amplitude, rule)
             out, mask = self._dropped(self._given(out), mask, steps)
             return out, (v, mask, left)
-        learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, theta, leak, amplitude))
-        if self.compiled and not learning and kernels.applies(x, (initial, theta, leak, amplitude), steps, self.surrogate.shape):
+        if compiled:
             out, v = kernels.fire_on(x, v, initial, theta, leak, amplitude, rule, self.output)
         else:
             out, v = _Scan.apply(x, initial if v is None else v, theta, leak, amplitude, rule)
