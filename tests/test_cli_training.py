@@ -430,19 +430,20 @@ def test_without_a_terminal_or_when_quiet_there_is_no_bar(capsys: pytest.Capture
 # Options of every method
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        # Its option and the training's have one name: --seed.
-        pytest.param(name, marks=pytest.mark.xfail(reason="two options named seed", strict=False)) if name == "potential_init" else name
-        for name in sorted(all_methods())
-    ],
-)
+@pytest.mark.parametrize("method", sorted(all_methods()))
 def test_train_takes_the_options_of_every_method(method: str, run: Any) -> None:
     result = run("train", "digits_cnn", "--method", method, "--help")
     assert result.code == 0
     for option in options_of(all_methods()[method]):
-        assert re.search(f"--(no-)?{option.replace('_', '-')}", result.out), option
+        assert re.search(f"--(no-|method-)?{option.replace('_', '-')}", result.out), option
+
+
+def test_an_option_that_a_method_shares_with_the_training_has_a_name_of_its_own(run: Any, tmp_path: Path) -> None:
+    result = run("train", "digits_cnn", "--method", "potential_init", "--help")
+    assert "--method-seed" in result.out and " --seed" in result.out
+    chosen = ("--method", "potential_init", "--initial", "uniform", "--method-seed", 5, "--seed", 3)
+    ended_well(run("train", "digits_cnn,width=2", "--data", "digits", "--epochs", 0, *chosen, "--out", tmp_path, "--device", "cpu"))
+    assert qs.load(tmp_path / "network.safetensors").method["options"]["seed"] == 5
 
 
 # Interrupts

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import shlex
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -104,21 +105,27 @@ def _saved_preprocessing(saved: Any) -> Any:
 DataArguments = Annotated[DataOptions, tyro.conf.OmitArgPrefixes]
 
 
-def options_type(owner: type, **defaults: Any) -> type:
-    """A dataclass for tyro with the declared options of `owner`, their help, and some defaults replaced."""
+def options_type(owner: type, taken: Collection[str] = (), **defaults: Any) -> type:
+    """A dataclass for tyro with the declared options of `owner`, their help, and some defaults replaced.
+
+    An option whose name is `taken` by another of the same command is called --method-NAME.
+    """
     from quickspike.options import options_of
 
+    def flag(name: str) -> str | None:
+        return f"method-{name.replace('_', '-')}" if name in taken else None
+
     fields = [
-        (name, Annotated[kind, Help(help=declared.describe())], dataclasses.field(default=defaults.get(name, default)))
+        (name, Annotated[kind, Help(help=declared.describe(), name=flag(name))], dataclasses.field(default=defaults.get(name, default)))
         for name, (declared, kind, default) in options_of(owner).items()
     ]
     doc = (owner.__doc__ or "").strip().splitlines()[0]
     return dataclasses.make_dataclass("Options", fields, frozen=True, namespace={"__doc__": doc})
 
 
-def method_options(method: type[Method]) -> type:
+def method_options(method: type[Method], taken: Collection[str] = ()) -> type:
     """The options of a method, with its paper as their title."""
-    kind = options_type(method)
+    kind = options_type(method, taken)
     kind.__doc__ = f"{method.name}: {method.paper}"
     return kind
 

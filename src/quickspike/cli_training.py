@@ -140,6 +140,8 @@ def train_command(method: str | None) -> Callable[..., None]:
         settings, drawn = Training(**dataclasses.asdict(training)), Augmentation(**dataclasses.asdict(augmentation))
         _train(model, data, source, files, settings, teacher, drawn, hardware, {} if options is None else dataclasses.asdict(options))
 
+    kinds = (Training, Augmentation, Source, TrainingFiles, Teacher, Hardware, DataOptions)
+    taken = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     train.__annotations__ = {
         "model": ModelName,
         "data": DataArguments,
@@ -149,7 +151,7 @@ def train_command(method: str | None) -> Callable[..., None]:
         "teacher": _flat(Teacher, "teacher"),
         "augmentation": _flat(options_type(Augmentation), "augmentation"),
         "hardware": _flat(Hardware, "hardware"),
-        "options": _flat(method_options(get(method)) if method else type(None), "method"),
+        "options": _flat(method_options(get(method), taken) if method else type(None), "method"),
     }
     if method is None:
         # tyro would show an argument that can only be None.

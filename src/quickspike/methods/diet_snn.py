@@ -66,8 +66,7 @@ class DietSNN(Method):
     )
     default_threshold: float = option(
         0.0,
-        "threshold of every layer in residual blocks, 0.4 in the published code for T = 5 and 0.55 to 0.95 for more; 0 takes it from the "
-        "currents, like that of the others",
+        "threshold of the layers in residual blocks; the published code has 0.4 for T = 5, 0.55 to 0.95 for more (0: from currents)",
         low=0,
         high=100,
     )
