@@ -18,10 +18,14 @@ check: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+# The short forms, beside what the long ones gave.
+SHORT := results/bench/short
+
 bench: $(READY)
-	@$(BIN)/python bench/engines.py --models vgg16 resnet20 --steps 1 4 --repetitions 5
-	@$(BIN)/python bench/tuning_step.py --steps 2 --repetitions 3
-	@$(BIN)/python bench/scaling.py --only steps depth calibration --repetitions 3
+	@$(BIN)/python bench/engines.py --models vgg16 resnet20 --steps 1 4 --repetitions 5 --out $(SHORT)/engines.json
+	@$(BIN)/python bench/tuning_step.py --steps 2 --repetitions 3 --out $(SHORT)/tuning_step.json
+	@$(BIN)/python bench/scaling.py --only steps depth calibration --repetitions 3 --out $(SHORT)/scaling.json
+	@$(BIN)/python bench/startup.py --out $(SHORT)/startup.json
 
 GRAPHS ?= 500
 
