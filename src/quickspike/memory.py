@@ -113,7 +113,13 @@ def parts(snn: SpikingNetwork, images: Tensor, memory: int, *, counted: bool = T
 
 
 def _too_little(needed: float, memory: int, why: str) -> OptionError:
-    return OptionError(f"one sample needs about {needed / 2**20:.0f} MiB ({why}), more than the {memory / 2**20:.0f} MiB allowed")
+    return OptionError(f"one sample needs about {_amount(needed)} ({why}), more than the {_amount(memory)} allowed")
+
+
+def _amount(size: float) -> str:
+    """Bytes in the largest unit of which there is at least one."""
+    unit = next((name for name in ("GiB", "MiB", "KiB") if size >= UNITS[name.upper()]), "B")
+    return f"{size / UNITS[unit.upper()]:.3g} {unit}"
 
 
 @dataclass
