@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import platform
 import subprocess
@@ -121,6 +122,13 @@ def test_a_network_keeps_its_budget(chain: tuple[qs.SpikingNetwork, Tensor], mon
         assert torch.allclose(fast(images), snn(images), atol=1e-5)
     assert max(seen) < len(images)
     assert sum(seen[1:]) == len(images)
+
+
+def test_an_accelerated_network_keeps_the_budget_of_its_own_network(chain: tuple[qs.SpikingNetwork, Tensor]) -> None:
+    snn = copy.deepcopy(chain[0])
+    snn.memory = "40 kB"
+    assert qs.accelerate(snn, "fused").memory == "40 kB"
+    assert qs.accelerate(snn, "fused", memory="80 kB").memory == 80_000
 
 
 def test_the_demand_is_measured_once(chain: tuple[qs.SpikingNetwork, Tensor]) -> None:

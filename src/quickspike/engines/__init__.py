@@ -41,7 +41,8 @@ def accelerate(
             spikes of `snn` itself: `count` or `integer` for a network in whole numbers, else `fused`.
         precision: of the layers that read spikes; bf16 rounds their weights and currents (engine=fused).
         bits: of a weight (engine=integer, count).
-        memory: what a simulation may take, in bytes or as "2GiB": it takes the batch in parts; None for all at once.
+        memory: what a simulation may take, in bytes or as "2GiB": it takes the batch in parts; None for what
+            `snn.memory` says.
 
     Raises:
         OptionError: `snn` is accelerated already, no such engine or precision, the engine cannot run this network, or memory is no amount.
@@ -78,7 +79,7 @@ def accelerate(
     network.requires_grad_(False).eval()
     if any(isinstance(layer, nn.Conv2d) for layer in network.modules()):
         network.to(memory_format=torch.channels_last)
-    network.memory = None if memory is None else in_bytes(memory)
+    network.memory = snn.memory if memory is None else in_bytes(memory)
     network.provenance["engine"] = {"name": name, "precision": precision, "why": why, "in floating point": kept}
     logger.info("engine %s: %s", name, why)
     return network
