@@ -44,7 +44,7 @@ def reset_to_zero(neuron: Neuron) -> None:
             v = v * (1 - fired)
         return torch.cat(spikes)
 
-    neuron.forward = forward  # type: ignore[method-assign]
+    neuron.forward = forward
 
 
 FAULTS: dict[str, tuple[Callable[[Neuron], None], str]] = {

@@ -45,7 +45,7 @@ def marked(network: qs.SpikingNetwork) -> qs.SpikingNetwork:
             with record_function(f"{MARK}neurons"):
                 return run(x)
 
-        neuron.forward = forward  # type: ignore[method-assign]
+        neuron.forward = forward
     return network
 
 

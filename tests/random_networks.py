@@ -84,6 +84,21 @@ class RandomNetwork(nn.Module):
         return self.fc(x if self.hidden is None else F.relu(self.hidden(x)))
 
 
+def spiking(model: Any, images: Tensor, steps: int, leaky: bool, strict: bool, granular: bool) -> SpikingNetwork:
+    """`model` with a first layer of small multiples of 1/8, converted, with drawn heights of spikes and leaks."""
+    with torch.no_grad():
+        for parameter in model.stem.parameters():
+            parameter.copy_(torch.randint(-3, 5, parameter.shape) / 8)
+    snn = qs.convert(model, images, "potential_init", steps=steps, granularity="channel" if granular else "layer")
+    with torch.no_grad():
+        for neuron in snn.neurons().values():
+            neuron.strict = strict
+            neuron.amplitude.mul_(torch.rand(neuron.amplitude.shape) + 0.5)
+            if leaky:
+                leak(neuron)
+    return snn
+
+
 def leak(neuron: Neuron) -> None:
     """Leaks of the channels' own where thresholds are, else one."""
     neuron.leak = nn.Parameter(0.5 + torch.rand(neuron.threshold.shape) / 2, False)
@@ -112,17 +127,7 @@ def draw(
     # Small multiples of 1/8, so that what the first layer gives is exact however it is summed.
     images = torch.randint(-8, 9, (3, *IMAGE)) / 8
     model = RandomNetwork(channels, blocks, head).eval()
-    with torch.no_grad():
-        for parameter in model.stem.parameters():
-            parameter.copy_(torch.randint(-3, 5, parameter.shape) / 8)
-    snn = qs.convert(model, images, "potential_init", steps=steps, granularity="channel" if granular else "layer")
-    with torch.no_grad():
-        for neuron in snn.neurons().values():
-            neuron.strict = strict
-            neuron.amplitude.mul_(torch.rand(neuron.amplitude.shape) + 0.5)
-            if leaky:
-                leak(neuron)
-    return snn, images
+    return spiking(model, images, steps, leaky, strict, granular), images
 
 
 CONVOLUTIONS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
@@ -190,14 +195,4 @@ def draw_layers(
     shape = (size, size - 2, size - 4)[-axes:] if axes < 3 else (7, 6, 5)
     images = torch.randint(-8, 9, (2, 3, *shape)) / 8
     model = Layers(axes, [one if axes < 3 else (one[0], one[1], 1, 1, *one[4:]) for one in layers]).eval()
-    with torch.no_grad():
-        for parameter in model.stem.parameters():
-            parameter.copy_(torch.randint(-3, 5, parameter.shape) / 8)
-    snn = qs.convert(model, images, "potential_init", steps=steps, granularity="channel" if granular else "layer")
-    with torch.no_grad():
-        for neuron in snn.neurons().values():
-            neuron.strict = strict
-            neuron.amplitude.mul_(torch.rand(neuron.amplitude.shape) + 0.5)
-            if leaky:
-                leak(neuron)
-    return snn, images
+    return spiking(model, images, steps, leaky, strict, granular), images

@@ -397,7 +397,7 @@ def test_r8_in_mixed_precision_too(digits: DataSet, digits_calibration: Tensor) 
 
         return train(module, name, loss=noted, **more)
 
-    watched.answers, watched.accuracy = train.answers, train.accuracy  # type: ignore[attr-defined]
+    watched.answers, watched.accuracy = train.answers, train.accuracy
     stage._speed_up(ann, layers_of(ann), digits_calibration[:50], watched)
     assert float(losses[0].detach()) == pytest.approx(0, abs=3e-7)
     for layer in layers_of(ann):

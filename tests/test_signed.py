@@ -243,3 +243,15 @@ def test_compiled_loops_give_the_spikes_of_the_reference(
             assert torch.equal(*outs)
             assert torch.equal(outs[0], unfold(reference, 6)[part].flatten(0, 1))
             assert all(torch.equal(mine, theirs) for mine, theirs in zip(*states, strict=True) if mine is not None)
+
+
+def test_compiled_loops_take_what_is_no_number_as_the_reference_does() -> None:
+    draw = torch.Generator().manual_seed(4)
+    neurons = [Neuron(NeuronParameters(torch.tensor(1.0), 0.5, signed=True), 5, False).eval() for _ in range(2)]
+    neurons[1].compiled = False
+    x = torch.randn(5 * 2, 300, generator=draw)
+    x[torch.rand(x.shape, generator=draw) < 0.05] = float("nan")
+    x[torch.rand(x.shape, generator=draw) < 0.05] = float("inf")
+    x[torch.rand(x.shape, generator=draw) < 0.05] = -float("inf")
+    with torch.no_grad():
+        assert torch.equal(neurons[0](x), neurons[1](x))

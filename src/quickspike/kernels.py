@@ -81,6 +81,12 @@ def _dense(x: Tensor) -> tuple[Tensor, int] | None:
     return (moved, 1) if moved.is_contiguous() else None
 
 
+def _inner(x: Tensor) -> int:
+    """Neurons between two channels in memory."""
+    dense = _dense(x)
+    return 1 if dense is None else dense[1]
+
+
 def _bits(x: Tensor, rows: int) -> np.ndarray[Any, Any]:
     """`[rows, N]` as unsigned integers that share the memory of `x`."""
     dense = _dense(x)
@@ -151,8 +157,7 @@ def fire(
     `state`, float32 `[B, ...]` and laid out as the currents, takes the potentials after the last step; with `resume`
     they begin as it holds them, not with `v`.
     """
-    dense = _dense(current)
-    inner = 1 if dense is None else dense[1]
+    inner = _inner(current)
     out = _empty_outputs(current, rule.steps, rule.constant, dtype)
     height = (torch.ones_like(theta) if dtype == torch.uint8 else amplitude.detach()).to(out.dtype)
     channels = max(parameter.numel() for parameter in (v, theta, leak, height))
@@ -186,8 +191,7 @@ def fire(
 
 def count(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, rule: Any, divisor: int, dtype: torch.dtype) -> Tensor:
     """Spikes in T steps under the constant current `[B, ...]`/divisor, `[B, ...]`, as uint8 or int32; arguments as of `fused`."""
-    dense = _dense(current)
-    inner = 1 if dense is None else dense[1]
+    inner = _inner(current)
     out = _empty_outputs(current, 1, True, dtype)
     channels = max(parameter.numel() for parameter in (v, theta, leak))
     if _on_gpu(current):
@@ -232,8 +236,7 @@ def fire_signed(
 
     `state` are the potentials before, and so is `left`, which is 0 at the beginning; other arguments as of `fire`.
     """
-    dense = _dense(current)
-    inner = 1 if dense is None else dense[1]
+    inner = _inner(current)
     out = _empty_outputs(current, rule.steps, rule.constant)
     one = current if rule.constant else current[: len(current) // rule.steps]
     potentials, rest = torch.empty_like(one, dtype=torch.float32), torch.zeros_like(one, dtype=torch.float32)
@@ -284,8 +287,7 @@ def _gradients(
     gradient: Tensor, current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Tensor, rule: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients to current, v, theta, leak and amplitude."""
-    dense = _dense(current)
-    inner = 1 if dense is None else dense[1]
+    inner = _inner(current)
     gradient = _like(gradient.to(current.dtype), current)
     dx = torch.empty_like(current)
     parameters = (theta, leak, amplitude, v)
