@@ -1,6 +1,6 @@
 """What a spiking network costs on each engine, as multiples of one forward pass of its source network (fp32, batch norm folded).
 
-    python bench/engines.py [--models vgg16 resnet18 resnet20] [--steps 1 2 4 8] [--batches 32] [--out results/bench/engines.json]
+    python bench/engines.py [--models vgg16 resnet18 resnet20] [--steps 1 2 4 8] [--batches 32] [--at-most 120] [--out results/bench/engines.json]
 
 Everything is timed in one process, interleaved; the table shows medians. What the first call of an engine costs more is timed
 apart, for the first network, batch and T: in a fresh process with no compiled kernel on disk (cold), and in another one
@@ -25,6 +25,7 @@ import quickspike as qs
 from quickspike.conversion import SpikingNetwork
 from quickspike.models import load_model
 from quickspike.networks import NETWORKS
+from quickspike.processor import has_bfloat16
 from quickspike.simulation import simulate
 
 IMAGE = (3, 32, 32)
@@ -83,7 +84,6 @@ def runners(ann: fx.GraphModule, snn: SpikingNetwork, steps: int, images: Tensor
     fast = {
         "reference": qs.accelerate(snn, "reference"),
         "fused": qs.accelerate(snn, "fused"),
-        "fused bf16": qs.accelerate(snn, "fused", "bf16"),
         "integer": qs.accelerate(whole, "integer"),
         "count": qs.accelerate(windows, "count"),
     }
@@ -92,6 +92,10 @@ def runners(ann: fx.GraphModule, snn: SpikingNetwork, steps: int, images: Tensor
     check(qs.accelerate(whole, "reference"), fast["integer"], few)
     check(qs.accelerate(windows, "reference"), fast["count"], few)
     others, missing = peers(ann, steps, images[:16])
+    if has_bfloat16():
+        fast["fused bf16"] = qs.accelerate(snn, "fused", "bf16")
+    else:
+        missing["fused bf16"] = "this processor has no bfloat16 arithmetic"
     found: dict[str, Callable[[], object]] = {"ANN": lambda: ann(images)}
     found |= {name: (lambda run=run: run(images)) for name, run in fast.items()}
     found |= {name: (lambda run=peer.run: run(images)) for name, peer in others.items()}
@@ -104,11 +108,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--batches", type=int, nargs="+", default=[32])
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--at-most", type=float, default=120, help="seconds for a row; three repetitions are made whatever they take")
     parser.add_argument("--no-first-calls", action="store_true", help="leave these out: two processes for every engine")
     add_out(parser)
     options = parser.parse_args()
     rows, missing, first = [], dict[str, str](), dict[str, dict[str, float]]()
-    for engine in () if options.no_first_calls else ENGINES:
+    engines = [engine for engine in ENGINES if engine != "fused bf16" or has_bfloat16()]
+    for engine in () if options.no_first_calls else engines:
         first[engine] = first_calls(first_answer, options.models[0], engine, options.steps[0], options.batches[0])
         shown = ", ".join(f"{what} {seconds:.2f} s" for what, seconds in first[engine].items())
         print(f"first call of {engine}, {options.models[0]}: {shown}", flush=True)
@@ -122,13 +128,14 @@ def main() -> None:
                 images = torch.randn(batch, *IMAGE, generator=generator).contiguous(memory_format=torch.channels_last)
                 for steps in options.steps:
                     timed, missing = runners(ann, snn, steps, images)
-                    found = interleaved(timed, options.repetitions)
+                    found = interleaved(timed, options.repetitions, options.at_most)
                     rows.append({"model": name, "batch": batch, "steps": steps, "times": found})
                     shown = "  ".join(f"{engine} {times['ratio']:.2f}" for engine, times in found.items())
                     print(f"{name}, batch {batch}, T = {steps}:  {shown}", flush=True)
+                    # Anew after every row: all of them together can take an hour.
+                    save(options.out, rows, options, first_calls=first, left_out=missing)
     for peer, why in missing.items():
         print(f"left out: {peer}, {why}")
-    save(options.out, rows, options, first_calls=first, left_out=missing)
 
 
 if __name__ == "__main__":

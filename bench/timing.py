@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -28,20 +29,27 @@ from quickspike.provenance import commit, machine, versions
 
 Times = dict[str, float]
 MIB = 2**20
+FEWEST = 3
+"""Repetitions with a median and a spread."""
 RESULTS = Path(__file__).parents[1] / "results" / "bench"
 KERNEL_CACHES = ("NUMBA_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 """Variables that say where compiled kernels are kept from one process to the next."""
 
 
-def interleaved(timed: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, Times]:
-    """Median, least and largest time of each in units of the first one's median.
+def interleaved(timed: Mapping[str, Callable[[], object]], repetitions: int, at_most: float = math.inf) -> dict[str, Times]:
+    """Median, least and largest time of each in units of the first one's median, and how many times it was run.
+
+    Once `at_most` seconds are over, there are no more repetitions than the fewest that have a median, which is 3.
 
     All take turns, so that a slower minute of the machine hits them alike. A first call of each is not counted (see
     `first_calls`). Freed memory is kept for all of them alike, since one of ours would do it for whatever comes after it.
     """
     keep_freed_memory()
     times = {name: list[float]() for name in timed}
+    started_at = time.perf_counter()
     for repetition in range(repetitions + 1):
+        if repetition > FEWEST and time.perf_counter() - started_at > at_most:
+            break
         for name, run in timed.items():
             started = time.perf_counter()
             run()
@@ -53,6 +61,7 @@ def interleaved(timed: Mapping[str, Callable[[], object]], repetitions: int) -> 
             "ratio": round(statistics.median(own) / base, 3),
             "least": round(min(own) / base, 3),
             "largest": round(max(own) / base, 3),
+            "runs": len(own),
         }
         for name, own in times.items()
     }

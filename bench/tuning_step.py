@@ -1,6 +1,6 @@
 """What a step of fine-tuning costs against a training step of the source network: time and memory, as ratios of one run.
 
-    python bench/tuning_step.py [--model fast_cnn] [--steps 1 2 4] [--batch 128] [--precision bf16] [--out FILE.json]
+    python bench/tuning_step.py [--model fast_cnn] [--steps 1 2 4] [--batch 128] [--precision bf16|fp32] [--out FILE.json]
 
 Time is the median of interleaved repetitions. Memory is told twice: *peak*, by how much the largest resident memory of a
 process of its own grows during a step, and *kept*, the bytes that autograd keeps for the backward pass (parameters not
@@ -23,6 +23,7 @@ from torch.fx.experimental.optimization import fuse
 
 import quickspike as qs
 from quickspike.models import load_model
+from quickspike.processor import has_bfloat16
 
 SOURCE = "source"
 
@@ -100,7 +101,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    default = "bf16" if has_bfloat16() else "fp32"
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default=default, help="[default: bf16 if the processor has it]")
     add_out(parser)
     options = parser.parse_args()
     all_of_them, peak, missing = dict[str, Training](), dict[str, int](), dict[str, str]()

@@ -21,6 +21,7 @@ from quickspike.conversion import SpikingNetwork
 from quickspike.engines import Engine, Precision, accelerate
 from quickspike.engines.integer import ByteConv, ByteLinear, ByteMax, ByteSum
 from quickspike.errors import CheckpointError, ConversionError, OptionError
+from quickspike.evaluation import make_fabric
 from quickspike.models import load_model
 from quickspike.quantisation import quantise
 from quickspike.simulation import simulate
@@ -257,6 +258,19 @@ def test_bf16_rounds_layers_that_read_spikes_only(small: tuple[SpikingNetwork, T
     assert torch.equal(run.spikes[first], expected.spikes[first])
     wanted = expected.logits.detach()
     assert float((run.logits - wanted).abs().mean() / wanted.abs().mean()) < 0.25
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_bf16_on_a_processor_without_it_is_said_to_be_slow(
+    there: bool, small: tuple[SpikingNetwork, Tensor], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("quickspike.processor.has_bfloat16", lambda: there)
+    accelerate(small[0], "fused", precision="bf16")
+    make_fabric("cpu", "bf16-mixed")
+    accelerate(small[0], "fused")
+    make_fabric("cpu", "32-true")
+    said = [record.getMessage().split(":")[0] for record in caplog.records if record.levelname == "WARNING"]
+    assert said == ([] if there else ["bf16", "bf16-mixed"])
 
 
 def test_it_is_not_saved(small: tuple[SpikingNetwork, Tensor], tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from quickspike.conversion import SpikingNetwork
 from quickspike.data import Batches, labelled_batches
 from quickspike.errors import DataError, OptionError
 from quickspike.memory import in_bytes, keep_freed_memory
+from quickspike.processor import warn_of_slow
 from quickspike.provenance import machine, versions
 from quickspike.simulation import simulate
 from quickspike.structure import Outputs, each, first, places, tensors
@@ -105,10 +106,12 @@ def make_fabric(device: str = "auto", precision: str = "32-true", devices: int =
     from lightning_fabric import Fabric
 
     try:
-        return Fabric(accelerator=device, devices=devices, num_nodes=nodes, strategy=strategy, precision=precision)  # type: ignore[arg-type]
+        fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes, strategy=strategy, precision=precision)  # type: ignore[arg-type]
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise OptionError(f"device {device!r} x {devices} with precision {precision!r} is not to be had: {reason}") from error
+    warn_of_slow(precision, fabric.device.type)
+    return fabric
 
 
 def evaluate(

@@ -16,6 +16,7 @@ from quickspike.engines.half import to_bfloat16
 from quickspike.engines.integer import Bytes, available
 from quickspike.errors import OptionError
 from quickspike.memory import in_bytes, keep_freed_memory
+from quickspike.processor import warn_of_slow
 from quickspike.quantisation import quantise
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ def accelerate(
             sum_over_steps(network)
         kept = Bytes(network.network, reasons).rewrite()
     elif precision == "bf16":
+        warn_of_slow(precision, device)
         to_bfloat16(network)
     for neuron in network.neurons().values():
         neuron.compiled = name != "reference"
