@@ -1,6 +1,6 @@
 """What a spiking network costs on each engine, as multiples of one forward pass of its source network (fp32, batch norm folded).
 
-    python bench/engines.py [--models vgg16 resnet18 resnet20] [--steps 1 2 4 8] [--batches 32] [--at-most 120] [--out results/bench/engines.json]
+    python bench/engines.py [--models vgg16 resnet18 resnet20] [--steps 1 2 4 8] [--batches 32] [--at-most 120] [--out FILE.json]
 
 Everything is timed in one process, interleaved; the table shows medians. What the first call of an engine costs more is timed
 apart, for the first network, batch and T: in a fresh process with no compiled kernel on disk (cold), and in another one
