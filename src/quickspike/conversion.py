@@ -155,6 +155,25 @@ class SpikingNetwork(nn.Module):
             neuron.signed = True
         return other
 
+    def fold(self, bits: int | None = None) -> SpikingNetwork:
+        """A copy that computes the same with every threshold and every height 1: all scales are in its weights.
+
+        Average pools become sum pools. Leaks, initial potentials (as fractions of theta), firing rules and T stay. What no
+        weight can take in stays as a scale per channel (`Affine`): on a shortcut without weights, say, whose spikes have
+        another height than the threshold that they reach.
+
+        Args:
+            bits: weights are whole numbers of so many bits, with their sign, times a scale per output channel, wherever layers
+                read spikes (see `quickspike.quantise`); None: as they are.
+
+        Raises:
+            OptionError: bits is out of range, or the network was accelerated.
+            ConversionError: thresholds or heights are not the same within a channel.
+        """
+        from quickspike.folding import fold
+
+        return fold(self, bits)
+
     def set_steps(self, steps: int) -> None:
         """Let this network run for another number of steps; see `with_steps` for a copy that does.
 

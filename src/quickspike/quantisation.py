@@ -46,6 +46,8 @@ class Quantised:
     network: SpikingNetwork
     kept: tuple[str, ...]
     """Layers with weights that stay in floating point, each with the reason."""
+    sites: tuple[str, ...] = ()
+    """Sites whose currents and thresholds are whole numbers."""
 
 
 @dataclass
@@ -111,9 +113,10 @@ def quantise(snn: SpikingNetwork, bits: int = 8) -> Quantised:
     if signed:
         raise OptionError(f"spikes that are bytes have no sign, but {signed[0]} takes spikes back; convert with signed=False")
     network = copy.deepcopy(snn)
-    kept = _Quantiser(network, 2 ** (bits - 1) - 1).run()
+    quantiser = _Quantiser(network, 2 ** (bits - 1) - 1)
+    kept = quantiser.run()
     network.provenance["weight_bits"] = bits
-    return Quantised(network, tuple(kept))
+    return Quantised(network, tuple(kept), tuple(quantiser.sites))
 
 
 class _Quantiser:
@@ -128,6 +131,7 @@ class _Quantiser:
         self.timed = set[fx.Node]()
         self.later: list[Any] = []
         self.kept: list[str] = []
+        self.sites: list[str] = []
 
     @torch.no_grad()
     def run(self) -> list[str]:
@@ -251,6 +255,7 @@ class _Quantiser:
 
     def _in_units(self, neuron: Neuron, grid: _Grid, node: fx.Node) -> None:
         """Let the threshold be a whole number of the grid."""
+        self.sites.append(str(node.target))
         channels, *rest = self._shape(node)
         shape = (-1, *(1,) * len(rest))
         theta = neuron.bounded()[0].detach()
@@ -266,7 +271,7 @@ class _Quantiser:
     def _weighted(self, node: fx.Node, layer: Any, x: _Signal) -> _Signal | None:
         if type(layer) is nn.Linear and len(self._shape(node)) != 1:
             return None
-        weight = layer.weight.detach() * _per_input(layer, cast(Tensor, x.known))
+        weight = layer.weight.detach() * per_input(layer, cast(Tensor, x.known))
         unit = grid_of(weight, self.top)
         if layer.bias is not None:
             unit = unit.maximum(layer.bias.detach().abs() / FINEST)
@@ -391,7 +396,7 @@ def _rows(unit: Tensor, weight: Tensor) -> Tensor:
     return unit.reshape(-1, *(1,) * (weight.ndim - 1))
 
 
-def _per_input(layer: Any, unit: Tensor) -> Tensor:
+def per_input(layer: Any, unit: Tensor) -> Tensor:
     """`unit` of the inputs `[C_in]` as it broadcasts over the layer's weight `[C_out, C_in/groups, ...]`."""
     groups = getattr(layer, "groups", 1)
     rows = unit.reshape(groups, 1, -1).expand(-1, layer.weight.shape[0] // groups, -1).flatten(0, 1)
