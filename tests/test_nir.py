@@ -53,6 +53,19 @@ def test_a_file_gives_the_network_again(name: str, method: str, tmp_path: Path) 
     same(snn.with_steps(3), load_nir(tmp_path / "a.nir", steps=3), images)
 
 
+def test_under_its_reset_nothing_of_it_is_lost(tmp_path: Path) -> None:
+    snn, images = spiking("shortcuts")
+    hard = snn.as_reset_to_zero()
+    for neuron in hard.neurons().values():
+        neuron.initial.fill_(0.0)
+    exported = export_nir(hard, tmp_path / "a.nir", "spikingjelly", strict=True)
+    assert exported.losses == ()
+    with torch.no_grad():
+        wanted = hard.outputs(images)
+    assert torch.allclose(play(exported.graph, images, 6, "spikingjelly").outputs, wanted, atol=1e-5)
+    assert not torch.allclose(wanted, snn.outputs(images), atol=1e-3)
+
+
 @pytest.mark.parametrize("options", [{"synchronous": True}, {"signed": True}, {"granularity": "channel"}])
 def test_what_nir_has_no_word_for_comes_back_too(options: dict[str, Any], tmp_path: Path) -> None:
     snn, images = spiking("shortcuts", **options)
@@ -111,6 +124,21 @@ def test_readers_that_add_nothing_up_get_chains_that_give_the_same(name: str, re
     assert torch.allclose(play(graph, images, 6, reader).outputs.flatten(2), summed, atol=1e-5)
 
 
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+@pytest.mark.parametrize("reader", sorted(set(READERS) - {"nir"}))
+def test_chains_come_back_as_the_network_that_they_were_made_from(reader: str, granularity: str, tmp_path: Path) -> None:
+    snn, images = spiking("shortcuts", "potential_init", granularity=granularity)
+    neuron = next(iter(snn.neurons().values()))
+    neuron.initial = nn.Parameter(torch.linspace(0, 0.9, 6).reshape(-1, 1, 1), False)
+    export_nir(snn, tmp_path / "a.nir", reader)
+    again = load_nir(tmp_path / "a.nir")
+    with torch.no_grad():
+        expected, found = simulate(snn, images), simulate(again, images)
+    assert torch.allclose(expected.logits, found.logits.flatten(2), atol=1e-5)
+    for site, counts in expected.spikes.items():
+        assert torch.equal(found.spikes[site][:, : counts.shape[1]].flatten(1), counts.flatten(1)), site
+
+
 def test_a_sum_that_is_no_chain_is_refused() -> None:
     snn, _ = spiking("kernels")
     with pytest.raises(ConversionError, match=r"snntorch 1\.0 adds nothing up, and what comes to \S+ \("):
@@ -148,7 +176,8 @@ def test_losses_are_those_of_network_and_reader() -> None:
     assert "layers that wait for whole windows" in [loss.what for loss in to_nir(spiking("chain", synchronous=True)[0]).losses]
     shown = str(to_nir(snn).losses[0])
     assert shown == (
-        "reset by subtraction: a spike sets the potential to 0 there (3 sites: relu, relu_2, relu_3); take reader=sinabs, which subtracts"
+        "reset by subtraction: a spike sets the potential to 0 there (3 sites: relu, relu_2, relu_3); "
+        "tune under that reset (snn.as_reset_to_zero()), or take reader=sinabs, which subtracts"
     )
 
 

@@ -105,8 +105,7 @@ def _layer_to_json(layer: nn.Module) -> dict[str, Any]:
     if isinstance(layer, Neuron):
         arguments: dict[str, Any] = {"constant_input": layer.constant_input, "scaled": layer.scaled, "strict": layer.strict}
         arguments["averaged"] = layer.averaged
-        if layer.signed:
-            arguments["signed"] = True
+        arguments |= {flag: True for flag in ("signed", "to_zero") if getattr(layer, flag)}
         return {"type": "Neuron", "arguments": arguments | {"surrogate": dataclasses.asdict(layer.surrogate)}}
     if type(layer).__name__ in _PLAIN_TIMED:
         return {"type": type(layer).__name__, "arguments": {}}
@@ -273,10 +272,9 @@ def _layer_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor], ste
     kind, arguments = data["type"], data["arguments"]
     if kind == "Neuron":
         surrogate = Surrogate(**arguments["surrogate"])
-        # Files of format 1 from before averaged or signed neurons lack the flag.
-        flags = {
-            flag: _flag({"averaged": False, "signed": False, **arguments}, flag) for flag in ("scaled", "strict", "averaged", "signed")
-        }
+        # Flags that came later are left out where they are false, and so they are in files from before.
+        later = dict.fromkeys(("averaged", "signed", "to_zero"), False)
+        flags = {flag: _flag({**later, **arguments}, flag) for flag in ("scaled", "strict", *later)}
         neuron = Neuron(NeuronParameters(torch.ones(()), **flags), steps, _flag(arguments, "constant_input"), surrogate)
         # Past the checks of NeuronParameters: training may have left a threshold below 0, where it acts as the smallest.
         for key, tensor in _exactly(tensors, _NEURON_TENSORS, name).items():

@@ -149,10 +149,31 @@ class SpikingNetwork(nn.Module):
         return other
 
     def as_signed(self) -> SpikingNetwork:
-        """A copy whose neurons take spikes back when later currents show that they were too many."""
+        """A copy whose neurons take spikes back when later currents show that they were too many.
+
+        Raises:
+            OptionError: spikes set potentials to 0.
+        """
         other = copy.deepcopy(self)
         for neuron in other.neurons().values():
+            if neuron.to_zero:
+                raise OptionError("spikes that are taken back need a reset by subtraction, but spikes set potentials to 0 here")
             neuron.signed = True
+        return other
+
+    def as_reset_to_zero(self) -> SpikingNetwork:
+        """A copy whose spikes set the potential to 0, as most readers of NIR have it: what is above theta is lost.
+
+        That costs accuracy, which fine-tuning (`quickspike tune`) wins back in part.
+
+        Raises:
+            OptionError: neurons take spikes back, which needs a reset by subtraction.
+        """
+        other = copy.deepcopy(self)
+        for name, neuron in other.neurons().items():
+            if neuron.signed:
+                raise OptionError(f"{name} takes spikes back, which needs a reset by subtraction; convert with signed=False")
+            neuron.to_zero = True
         return other
 
     def fold(self, bits: int | None = None) -> SpikingNetwork:

@@ -76,20 +76,29 @@ class _Rule:
     constant: bool
     strict: bool
     surrogate: Surrogate
+    to_zero: bool = False
+    """A spike sets the potential to 0 instead of taking theta from it."""
 
     def fire(self, m: Tensor, theta: Tensor) -> Tensor:
         # Compared directly: dividing by theta first would round, and move spikes that sit on the boundary.
         return m > theta if self.strict else m >= theta
 
+    def reset(self, m: Tensor, theta: Tensor) -> Tensor:
+        """The potential after the spikes that `m` fires."""
+        fired = self.fire(m, theta)
+        return m.masked_fill(fired, 0.0) if self.to_zero else torch.addcmul(m, theta, fired.to(m.dtype), value=-1)
+
 
 class _Scan(torch.autograd.Function):
-    """All steps of soft-reset integrate-and-fire at once, with its backward pass written out.
+    """All steps of integrate-and-fire at once, with its backward pass written out.
 
     Only the currents are kept for backward; potentials are computed again. The reset takes spikes as given: no gradient
     flows through its indicator, as in the papers that fine-tune. With e = dL/ds(t) h'(u(t)), u = m/theta - 1:
 
         dL/dm(t) = leak dL/dm(t+1) + e/theta        dL/dleak = sum_t dL/dm(t) v(t-1)
         dL/dtheta = - sum_t e m(t)/theta^2 - sum_t s(t) dL/dv(t),    dL/dv(t) = leak dL/dm(t+1)
+
+    Where a spike sets the potential to 0, dL/dv(t) ends at s(t) = 1, and theta has no part in v(t).
     """
 
     @staticmethod
@@ -104,7 +113,7 @@ class _Scan(torch.autograd.Function):
         m = v
         for slot, m in zip(slots, _potentials(current, v, theta, leak, rule), strict=True):
             slot.copy_(rule.fire(m, theta) * amplitude)
-        return out, torch.addcmul(m, theta, rule.fire(m, theta).to(m.dtype), value=-1)
+        return out, rule.reset(m, theta)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -120,14 +129,14 @@ class _Scan(torch.autograd.Function):
             m, gt = potentials[t], g[t].to(dv.dtype)
             s = rule.fire(m, theta).to(dv.dtype)
             e = (gt if rule.surrogate.unscaled else gt * amplitude) * rule.surrogate.derivative(m / theta - 1) / theta
-            dm = dv + e
+            dm = dv * (1 - s) + e if rule.to_zero else dv + e
             if need_theta:
-                to_theta -= reduced(torch.addcmul(e * m / theta, s, dv), theta)
+                to_theta -= reduced(e * m / theta if rule.to_zero else torch.addcmul(e * m / theta, s, dv), theta)
             if need_amplitude:
                 to_amplitude += reduced(gt if rule.surrogate.unscaled else gt * s, amplitude)
             if need_leak:
                 earlier = potentials[t - 1]
-                v = before if t == 0 else torch.addcmul(earlier, theta, rule.fire(earlier, theta).to(dv.dtype), value=-1)
+                v = before if t == 0 else rule.reset(earlier, theta)
                 to_leak += reduced(dm * v, leak)
             parts.append(dm)
             dv = leak * dm
@@ -153,7 +162,7 @@ def _potentials(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, rule: _
         # Two roundings, as everywhere: addcmul has one on some machines, which moves spikes.
         m = x.to(dtype) + leak * v.to(dtype)
         yield m
-        v = torch.addcmul(m, theta, rule.fire(m, theta).to(dtype), value=-1)
+        v = rule.reset(m, theta)
 
 
 class _Step(torch.autograd.Function):
@@ -255,6 +264,8 @@ class NeuronParameters:
     """Wait for all T steps of the layer before and integrate their mean current (synchronous) instead of streaming."""
     signed: bool = False
     """Take a spike back, as a spike of height -amplitude, where the potential is negative and one is left to take."""
+    to_zero: bool = False
+    """A spike sets the potential to 0, instead of taking theta from it: what is above theta is lost."""
 
     def __post_init__(self) -> None:
         for name in ("threshold", "initial", "leak", "amplitude"):
@@ -262,6 +273,8 @@ class NeuronParameters:
             object.__setattr__(self, name, value.detach().clone())
             if not bool(torch.isfinite(value).all()):
                 raise ConversionError(f"neuron {name} must be finite, got {value}")
+        if self.signed and self.to_zero:
+            raise ConversionError("spikes that are taken back need a reset by subtraction")
         leak = torch.as_tensor(self.leak)
         if bool((self.threshold < 0).any()):
             raise ConversionError(f"neuron threshold must be >= 0, got {float(self.threshold.min()):g}")
@@ -304,7 +317,7 @@ class Neuron(Timed):
         super().__init__()
         self.steps, self.constant_input = steps, constant_input
         self.scaled, self.strict, self.averaged = parameters.scaled, parameters.strict, parameters.averaged
-        self.signed = parameters.signed
+        self.signed, self.to_zero = parameters.signed, parameters.to_zero
         self.surrogate = surrogate or Surrogate()
         self.dropout = 0.0
         """Share of the neurons that are silenced in training mode, the same ones at every step of a batch."""
@@ -332,8 +345,10 @@ class Neuron(Timed):
         x, constant = self._currents(x, self.steps)
         theta, leak = self.bounded()
         initial, amplitude = self.initial * theta, self._height(theta)
-        rule = _Rule(self.steps, constant, self.strict, self.surrogate)
-        compiled = self.compiled and kernels.applies(x, (initial, theta, leak, amplitude), self.steps, self.surrogate.shape)
+        rule = _Rule(self.steps, constant, self.strict, self.surrogate, self.to_zero)
+        # The compiled loops know reset by subtraction only.
+        parameters = (initial, theta, leak, amplitude)
+        compiled = self.compiled and not self.to_zero and kernels.applies(x, parameters, self.steps, self.surrogate.shape)
         if compiled and self.output is not None:
             return kernels.fired(x, initial, theta, leak, amplitude, rule, self.output)
         if compiled:
@@ -345,8 +360,8 @@ class Neuron(Timed):
     def _counted(self, x: Tensor) -> Tensor:
         theta, leak = self.bounded()
         v, divisor = self.initial * theta, 1 if self.constant_input else self.steps
-        rule = _Rule(self.steps, True, self.strict, self.surrogate)
-        if self.compiled and kernels.applies(x, (v, theta, leak), self.steps, self.surrogate.shape):
+        rule = _Rule(self.steps, True, self.strict, self.surrogate, self.to_zero)
+        if self.compiled and not self.to_zero and kernels.applies(x, (v, theta, leak), self.steps, self.surrogate.shape):
             return kernels.count(x, v, theta, leak, rule, divisor, torch.uint8)
         out, _ = _Scan.apply(x / divisor, v, theta, leak, torch.ones_like(theta), rule)
         return unfold(out, self.steps).ne(0).sum(0).to(torch.uint8)
@@ -356,9 +371,10 @@ class Neuron(Timed):
         theta, leak = self.bounded()
         v, mask, left = state or (None, None, None)
         initial, amplitude = self.initial * theta, self._height(theta)
-        rule = _Rule(steps, constant, self.strict, self.surrogate)
+        rule = _Rule(steps, constant, self.strict, self.surrogate, self.to_zero)
         learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, theta, leak, amplitude))
-        compiled = self.compiled and not learning and kernels.applies(x, (initial, theta, leak, amplitude), steps, self.surrogate.shape)
+        compiled = self.compiled and not learning and not self.to_zero
+        compiled = compiled and kernels.applies(x, (initial, theta, leak, amplitude), steps, self.surrogate.shape)
         if self.signed:
             scan = kernels.fire_signed if compiled and x.device.type == "cpu" and not torch.compiler.is_compiling() else _signed_scan
             out, v, left = scan(x, initial if v is None else v, left, theta, leak, amplitude, rule)
@@ -432,9 +448,10 @@ def integrate(
     constant: bool = False,
     strict: bool = False,
     signed: bool = False,
+    to_zero: bool = False,
     surrogate: Surrogate | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Soft-reset integrate-and-fire over all steps: (outputs `[T*B, ...]`, final membrane potential `[B, ...]`).
+    """Integrate-and-fire over all steps: (outputs `[T*B, ...]`, final membrane potential `[B, ...]`).
 
     Args:
         current: `[T*B, ...]`, time first; `[B, ...]` where it is the same at every step.
@@ -446,9 +463,10 @@ def integrate(
         constant: `current` is one step's.
         strict: fire at m > theta instead of m >= theta.
         signed: take spikes back, see `NeuronParameters`.
+        to_zero: a spike sets the potential to 0, see `NeuronParameters`.
         surrogate: derivative of the step function for autograd; triangular by default.
     """
-    rule = _Rule(steps, constant, strict, surrogate or Surrogate())
+    rule = _Rule(steps, constant, strict, surrogate or Surrogate(), to_zero)
     if signed:
         return _signed_scan(current, v, None, theta, leak, amplitude, rule)[:2]
     return cast(tuple[Tensor, Tensor], _Scan.apply(current, v, theta, leak, amplitude, rule))

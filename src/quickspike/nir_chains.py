@@ -18,6 +18,9 @@ from quickspike.nir_readers import Reader, pair
 
 Array = Any
 NEURONS = ("IF", "LIF")
+ABOVE = 1 + 2**-10
+"""Weight of a spike that is handed on where meeting the threshold is not enough. So little above it that nothing comes of
+what a reset by subtraction leaves, in fewer than a thousand steps."""
 PASSING = ("SumPool2d", "AvgPool2d", "Flatten")
 """Nodes that a sum passes through channel by channel."""
 
@@ -168,8 +171,7 @@ def _reroute(graph: _Graph, shortcut: _Shortcut, reader: Reader) -> None:
             weight = node.weight + more if len(convolutions) == 1 else np.concatenate([node.weight, more], 1)
             graph.nodes[name] = replace(node, weight=weight, bias=node.bias + bias)
         else:
-            # Just above the threshold where meeting it is not enough; one that fires several times needs exactly it.
-            passed = _at_middle(node, np.eye(channels, dtype=np.float32) * (1.5 if reader.compares == ">" else 1.0))
+            passed = _at_middle(node, np.eye(channels, dtype=np.float32) * (ABOVE if reader.compares == ">" else 1.0))
             graph.nodes[name] = _widened(node, passed, first=name == convolutions[0])
     if shortcut.between is not None:
         graph.remove(shortcut.between)

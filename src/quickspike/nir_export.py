@@ -144,8 +144,11 @@ def losses_of(network: SpikingNetwork, reader: Reader, initial: Initial) -> tupl
         if sites:
             found.append(Loss(what, sites, way_out))
 
-    if reader.reset != "subtract":
-        note("reset by subtraction: a spike sets the potential to 0 there", tuple(neurons), "take reader=sinabs, which subtracts")
+    if reader.reset == "zero":
+        way_out = "tune under that reset (snn.as_reset_to_zero()), or take reader=sinabs, which subtracts"
+        note("reset by subtraction: a spike sets the potential to 0 there", where(lambda neuron: not neuron.to_zero), way_out)
+    else:
+        note("reset to 0: a spike takes theta from the potential there", where(lambda neuron: neuron.to_zero), "take another reader")
     if reader.several:
         note("one spike in a step: a neuron may fire several times there", tuple(neurons), "measure the difference")
     if reader.lowest is not None:
@@ -179,7 +182,6 @@ def _metadata(snn: SpikingNetwork, network: SpikingNetwork, reader: Reader, init
         "input_shape": list(snn.input_shape),
         "input": "the same image at every step",
         "readout": "mean of the outputs over the steps",
-        "reset": "subtract",
         "method": snn.method,
         "provenance": snn.provenance,
         "sites": [
@@ -193,7 +195,9 @@ def _metadata(snn: SpikingNetwork, network: SpikingNetwork, reader: Reader, init
                 "encodes_input": site.encodes_input,
                 "initial": _plain(network.neuron(site.name).initial),
                 "leak": _plain(network.neuron(site.name).leak),
-                **{flag: getattr(network.neuron(site.name), flag) for flag in ("strict", "averaged", "signed", "constant_input")},
+                **{
+                    flag: getattr(network.neuron(site.name), flag) for flag in ("strict", "averaged", "signed", "to_zero", "constant_input")
+                },
             }
             for site in network.sites
         ],

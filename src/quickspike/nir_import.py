@@ -193,11 +193,12 @@ class _Builder:
 
     def _as_written(self, known: Mapping[str, Any], node: Any) -> _Neurons:
         fields = ("name", "function", "ceiling", "source", "encodes_input")
-        site = Site(shape=tuple(known["shape"]), **{key: known[key] for key in fields})
+        site = Site(shape=tuple(np.shape(node.v_threshold)), **{key: known[key] for key in fields})
         # As biases, they are in the weights.
         begin = 0.0 if self.metadata["initial"] == "bias" else known["initial"]
-        flags = {key: bool(known[key]) for key in ("strict", "averaged", "signed")}
-        initial, leak = (site.per_channel(torch.tensor(value, dtype=torch.float32)) for value in (begin, known["leak"]))
+        begin, leak = (_for_all(values, known["shape"][0], site.channels, rest) for values, rest in ((begin, 0.0), (known["leak"], 1.0)))
+        flags = {key: bool(known[key]) for key in ("strict", "averaged", "signed", "to_zero")}
+        initial, leak = (site.per_channel(torch.tensor(values, dtype=torch.float32)) for values in (begin, leak))
         return _Neurons(site, NeuronParameters(torch.ones(()), initial, leak, torch.ones(()), scaled=False, **flags))
 
     def _as_found(self, name: str, node: Any) -> _Neurons:
@@ -215,6 +216,13 @@ class _Builder:
         # A current of weight g against theta is one of weight 1 against theta/g.
         theta = _least(tensor(node.v_threshold) / gain, shape)
         return _Neurons(site, NeuronParameters(theta, 0.0, _least(leak, shape).clamp(0, 1), torch.ones(()), scaled=False, strict=True))
+
+
+def _for_all(values: Any, own: int, channels: int, rest: float) -> Any:
+    """A number or one per channel, of `own` channels, for neurons with more of them, which hand spikes on."""
+    if channels == own:
+        return values
+    return [*(values if isinstance(values, list) else [values] * own), *[rest] * (channels - own)]
 
 
 def _identifier(name: str) -> str:
