@@ -55,7 +55,7 @@ def test_a_file_gives_the_network_again(name: str, method: str, tmp_path: Path) 
 
 def test_under_its_reset_nothing_of_it_is_lost(tmp_path: Path) -> None:
     snn, images = spiking("shortcuts")
-    hard = snn.as_reset_to_zero()
+    hard = snn.with_reset("zero")
     for neuron in hard.neurons().values():
         neuron.initial.fill_(0.0)
     exported = export_nir(hard, tmp_path / "a.nir", "spikingjelly", strict=True)
@@ -177,7 +177,7 @@ def test_losses_are_those_of_network_and_reader() -> None:
     shown = str(to_nir(snn).losses[0])
     assert shown == (
         "reset by subtraction: a spike sets the potential to 0 there (3 sites: relu, relu_2, relu_3); "
-        "tune under that reset (snn.as_reset_to_zero()), or take reader=sinabs, which subtracts"
+        "tune under that reset (`quickspike tune --reset zero`), or take reader=sinabs, which subtracts"
     )
 
 

@@ -80,7 +80,7 @@ def test_what_is_above_the_threshold_is_lost() -> None:
 @pytest.fixture
 def hard() -> tuple[SpikingNetwork, Tensor]:
     snn, images = spiking("shortcuts")
-    return snn.as_reset_to_zero(), images
+    return snn.with_reset("zero"), images
 
 
 def test_a_network_runs_alike_in_every_way(hard: tuple[SpikingNetwork, Tensor]) -> None:
@@ -124,7 +124,7 @@ def test_spikes_are_not_taken_back_too(hard: tuple[SpikingNetwork, Tensor]) -> N
     with pytest.raises(OptionError, match="need a reset by subtraction"):
         hard[0].as_signed()
     with pytest.raises(OptionError, match="takes spikes back, which needs a reset by subtraction"):
-        spiking("chain", signed=True)[0].as_reset_to_zero()
+        spiking("chain", signed=True)[0].with_reset("zero")
     with pytest.raises(ConversionError, match="need a reset by subtraction"):
         NeuronParameters(torch.ones(()), signed=True, to_zero=True)
 
@@ -137,7 +137,7 @@ def test_tuning_wins_back_what_the_reset_costs(spiking_digits: Any, digits_test:
             return 100 * float((network(images).argmax(1) == labels).double().mean())
 
     snn = spiking_digits("threshold_balancing").with_steps(4)
-    hard = snn.as_reset_to_zero()
+    hard = snn.with_reset("zero")
     trainer = Trainer(fabric=make_fabric("cpu"), data=load_data("digits"), settings=Training(epochs=3, learning_rate=0.001))
     tuned = tune(hard, trainer)
     assert accuracy(hard) < accuracy(snn) - 1

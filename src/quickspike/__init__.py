@@ -20,11 +20,16 @@ if TYPE_CHECKING:
     from quickspike.errors import QuickspikeError
     from quickspike.evaluation import Report, evaluate
     from quickspike.graph import inspect, trace
+    from quickspike.hub import from_pretrained, push_to_hub, save_pretrained
     from quickspike.inputs import OneInput
     from quickspike.method import Method, register
     from quickspike.neuron import Surrogate
+    from quickspike.nir_export import export_nir
+    from quickspike.nir_import import load_nir
+    from quickspike.onnx_export import to_onnx
     from quickspike.operations import Operations, count_operations
     from quickspike.pooling import replace_max_pool
+    from quickspike.program_export import load_program, to_program
     from quickspike.quantisation import quantise
     from quickspike.searching import Candidate, Found, Trial, search
     from quickspike.simulation import Run, simulate
@@ -50,13 +55,21 @@ _HOMES = {
     "evaluate": "evaluation",
     "inspect": "graph",
     "trace": "graph",
+    "from_pretrained": "hub",
+    "push_to_hub": "hub",
+    "save_pretrained": "hub",
     "OneInput": "inputs",
     "Method": "method",
     "register": "method",
     "Surrogate": "neuron",
+    "export_nir": "nir_export",
+    "load_nir": "nir_import",
+    "to_onnx": "onnx_export",
     "Operations": "operations",
     "count_operations": "operations",
     "replace_max_pool": "pooling",
+    "load_program": "program_export",
+    "to_program": "program_export",
     "quantise": "quantisation",
     "Candidate": "searching",
     "Found": "searching",
@@ -91,15 +104,23 @@ __all__ = [
     "count_operations",
     "energy_of",
     "evaluate",
+    "export_nir",
+    "from_pretrained",
     "inspect",
     "load",
+    "load_nir",
+    "load_program",
     "methods",
+    "push_to_hub",
     "quantise",
     "register",
     "register_device",
     "replace_max_pool",
+    "save_pretrained",
     "search",
     "simulate",
+    "to_onnx",
+    "to_program",
     "trace",
 ]
 

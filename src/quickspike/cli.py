@@ -387,6 +387,7 @@ def _dispatch(arguments: list[str]) -> None:
         "evaluate": evaluate,
         "compare": _compare_stub,
         "search": _search_stub,
+        "export": _export_stub,
         "run": _run_stub,
     }
     if arguments[:1] == ["convert"]:
@@ -399,6 +400,10 @@ def _dispatch(arguments: list[str]) -> None:
         from quickspike import cli_searching
 
         commands[arguments[0]] = getattr(cli_searching, arguments[0])
+    if arguments[:1] == ["export"]:
+        from quickspike.cli_exporting import export
+
+        commands["export"] = export
     tyro.extras.subcommand_cli_from_dict(
         commands,
         prog="quickspike",
@@ -415,6 +420,10 @@ def _train_stub() -> None:
 
 def _tune_stub() -> None:
     """Fine-tune a spiking network end to end with surrogate gradients: weights, thresholds and leaks."""
+
+
+def _export_stub() -> None:
+    """Write a spiking network for other programs: NIR, ONNX, torch.export, or a folder with a model card."""
 
 
 def _run_stub() -> None:

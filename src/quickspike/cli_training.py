@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -223,15 +223,18 @@ def tune_command() -> Callable[..., None]:
     from quickspike.training import Training
     from quickspike.tuning import Tuning
 
-    def tune(network: Any, data: Any, files: Any, tuning: Any, training: Any, teacher: Any, augmentation: Any, hardware: Any) -> None:
+    def tune(
+        network: Any, data: Any, files: Any, start: Any, tuning: Any, training: Any, teacher: Any, augmentation: Any, hardware: Any
+    ) -> None:
         """Fine-tune a spiking network end to end with surrogate gradients: weights, thresholds and leaks."""
         settings, drawn = Training(**dataclasses.asdict(training)), Augmentation(**dataclasses.asdict(augmentation))
-        _tune(network, data, files, Tuning(**dataclasses.asdict(tuning)), settings, teacher, drawn, hardware)
+        _tune(network, data, files, start, Tuning(**dataclasses.asdict(tuning)), settings, teacher, drawn, hardware)
 
     tune.__annotations__ = {
         "network": Annotated[Path, tyro.conf.Positional, Help(metavar="NETWORK", help="a spiking network that was saved before")],
         "data": DataArguments,
         "files": _flat(TrainingFiles, "files"),
+        "start": _flat(Start, "start"),
         "tuning": _flat(options_type(Tuning), "tuning"),
         "training": _flat(options_type(Training, epochs=4, **TUNING), "training"),
         "teacher": _flat(Teacher, "teacher"),
@@ -241,10 +244,25 @@ def tune_command() -> Callable[..., None]:
     return tune
 
 
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What of the network is changed before the fine-tuning."""
+
+    reset: Annotated[
+        Literal["subtract", "zero"] | None,
+        Help(
+            metavar="HOW",
+            help="zero: spikes set the potential to 0, as most readers of NIR have it, instead of taking theta from it; subtract: the "
+            "other way round [default: as the network has it]",
+        ),
+    ] = None
+
+
 def _tune(
     network: Path,
     data: DataOptions,
     files: TrainingFiles,
+    start: Start,
     tuning: Tuning,
     settings: Training,
     teacher: Teacher,
@@ -258,6 +276,8 @@ def _tune(
     out = files.out / "network.safetensors"
     check_writable(out)
     snn = load(network)
+    if start.reset is not None:
+        snn = snn.with_reset(start.reset)
     before = commands_of(snn, network.name)
     data_set = data.load(snn.provenance.get("preprocessing", snn.provenance.get("statistics")))
     trainer = _trainer(data_set, settings, augmentation, hardware, files, teacher)

@@ -161,19 +161,21 @@ class SpikingNetwork(nn.Module):
             neuron.signed = True
         return other
 
-    def as_reset_to_zero(self) -> SpikingNetwork:
-        """A copy whose spikes set the potential to 0, as most readers of NIR have it: what is above theta is lost.
+    def with_reset(self, reset: Literal["subtract", "zero"]) -> SpikingNetwork:
+        """A copy whose spikes take theta from the potential, or set it to `zero`, as most readers of NIR have it.
 
-        That costs accuracy, which fine-tuning (`quickspike tune`) wins back in part.
+        What is above theta is lost then. That costs accuracy, which fine-tuning wins back in part (`quickspike tune --reset zero`).
 
         Raises:
-            OptionError: neurons take spikes back, which needs a reset by subtraction.
+            OptionError: no such reset, or neurons take spikes back, which needs a reset by subtraction.
         """
+        if reset not in ("subtract", "zero"):
+            raise OptionError(f"reset must be subtract or zero, got {reset!r}")
         other = copy.deepcopy(self)
         for name, neuron in other.neurons().items():
-            if neuron.signed:
+            if neuron.signed and reset == "zero":
                 raise OptionError(f"{name} takes spikes back, which needs a reset by subtraction; convert with signed=False")
-            neuron.to_zero = True
+            neuron.to_zero = reset == "zero"
         return other
 
     def fold(self, bits: int | None = None) -> SpikingNetwork:

@@ -264,9 +264,9 @@ class _Folder:
             return None
         free = [unit for unit in (self.units[left], self.units[right]) if unit is not None and unit.free]
         if not free:
-            common = self.units[left]
-            self._scaled(node, right, lambda: torch.ones(self._shape(node)[0]) if common is None else common.value)
-            return common
+            own = self.units[left]
+            self._scaled(node, right, lambda: torch.ones(self._shape(node)[0]) if own is None else own.value)
+            return own
         for unit in free[1:]:
             free[0].merge(unit)
         for parent in (left, right):
@@ -301,7 +301,7 @@ class _Folder:
 
     def _summed(self, node: fx.Node, size: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], unit: _Unit) -> _Unit:
         name = str(node.target) if node.op == "call_module" else node.name
-        layer = SUM_POOLS[len(size) - 2](size, stride, padding, divisor_override=1)
+        layer = _sums(size, stride, padding)
         node.op, node.args, node.kwargs = "call_module", (node.all_input_nodes[0],), {}
         node.target = self._add(f"{name}_sum".replace(".", "_"), layer)
         return _Unit(unit.channels, lambda: unit.value / math.prod(size))
@@ -309,16 +309,17 @@ class _Folder:
     def _mean(self, node: fx.Node, unit: _Unit) -> _Unit | None:
         """A mean over the whole map, as the sum pooling that it is."""
         parent = node.all_input_nodes[0]
-        before, given = self._shape(parent), {**dict(zip(("dim", "keepdim"), node.args[1:], strict=False)), **node.kwargs}
+        before = self._shape(parent)
+        given: dict[str, Any] = {**dict(zip(("dim", "keepdim"), node.args[1:], strict=False)), **node.kwargs}
         dims = given.get("dim")
-        axes = {dim % (len(before) + 1) for dim in ((dims,) if isinstance(dims, int) else dims or ())}  # type: ignore[union-attr]
+        axes = {dim % (len(before) + 1) for dim in ((dims,) if isinstance(dims, int) else dims or ())}
         if axes != set(range(2, len(before) + 1)) or len(before) not in (3, 4) or given.get("dtype") is not None:
             return None
         size = before[1:]
         if given.get("keepdim"):
             return self._summed(node, size, size, (0,) * len(size), unit)
         with self.module.graph.inserting_before(node):
-            name = self._add(f"{node.name}_sum", SUM_POOLS[len(size) - 2](size, size, 0, divisor_override=1))
+            name = self._add(f"{node.name}_sum", _sums(size, size, (0,) * len(size)))
             pooled = self.module.graph.call_module(name, (parent,))
         node.target, node.args, node.kwargs = torch.flatten, (pooled, 1), {}
         return _Unit(unit.channels, lambda: unit.value / math.prod(size))
@@ -380,8 +381,13 @@ def _refolded(layer: Any, into: Tensor | None, out: Tensor) -> Tensor:
 def padding_of(node: fx.Node) -> tuple[tuple[int, ...], str, float]:
     """(widths, mode, value) of a call of torch's `pad`."""
     names = ("input", "pad", "mode", "value")
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     return tuple(given["pad"]), given.get("mode", "constant"), given.get("value") or 0.0
+
+
+def _sums(size: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]) -> nn.Module:
+    kind: Any = SUM_POOLS[len(size) - 2]
+    return cast(nn.Module, kind(size, stride, padding, divisor_override=1))
 
 
 def _leaves_channels(index: Any) -> bool:

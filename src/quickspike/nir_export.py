@@ -145,7 +145,7 @@ def losses_of(network: SpikingNetwork, reader: Reader, initial: Initial) -> tupl
             found.append(Loss(what, sites, way_out))
 
     if reader.reset == "zero":
-        way_out = "tune under that reset (snn.as_reset_to_zero()), or take reader=sinabs, which subtracts"
+        way_out = "tune under that reset (`quickspike tune --reset zero`), or take reader=sinabs, which subtracts"
         note("reset by subtraction: a spike sets the potential to 0 there", where(lambda neuron: not neuron.to_zero), way_out)
     else:
         note("reset to 0: a spike takes theta from the potential there", where(lambda neuron: neuron.to_zero), "take another reader")
@@ -328,7 +328,7 @@ class _Writer:
             return self._pool(name, layer, x, before, shape)
         if type(layer) is nn.AdaptiveAvgPool2d and not any(a % b for a, b in zip(before[1:], shape[1:], strict=True)):
             size = tuple(a // b for a, b in zip(before[1:], shape[1:], strict=True))
-            return self._pool(name, nn.AvgPool2d(size), x, before, shape)
+            return self._pool(name, _average(size), x, before, shape)
         if type(layer) is nn.Flatten and layer.start_dim == 1:
             return self._flatten(name, x, before, shape)
         raise _Unspeakable(type(layer).__name__)
@@ -345,9 +345,9 @@ class _Writer:
             return self._flatten(node.name, x, before, shape)
         if name == "adaptive_avg_pool2d" and not any(a % b for a, b in zip(before[1:], shape[1:], strict=True)):
             size = tuple(a // b for a, b in zip(before[1:], shape[1:], strict=True))
-            return self._pool(node.name, nn.AvgPool2d(size), x, before, shape)
+            return self._pool(node.name, _average(size), x, before, shape)
         if name == "avg_pool2d":
-            return self._pool(node.name, nn.AvgPool2d(*node.args[1:], **node.kwargs), x, before, shape)
+            return self._pool(node.name, _average(*node.args[1:], **node.kwargs), x, before, shape)
         if name == "pad" and len(before) == 3:
             return self._padded(node, x, before, shape)
         if name == "getitem" and len(before) == 3:
@@ -577,6 +577,10 @@ def _square(weight: Tensor, padding: list[int], dilation: Sequence[int]) -> tupl
 
 def _array(values: Tensor) -> Any:
     return values.detach().float().contiguous().numpy().copy()
+
+
+def _average(*arguments: Any, **options: Any) -> nn.AvgPool2d:
+    return nn.AvgPool2d(*arguments, **options)
 
 
 def _both(value: Any) -> tuple[int, int]:

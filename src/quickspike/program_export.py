@@ -169,7 +169,7 @@ def _neuron(
             left = spikes if left is None else ops.add(left, spikes)
         fired.append(spikes)
         resets.append(ops.mul(spikes, theta))
-        v = ops.sub(m, resets[-1])
+        v = ops.mul(m, ops.sub(ops.number(1), spikes)) if layer.to_zero else ops.sub(m, resets[-1])
     out = ops.join(resets if cell.at_threshold else fired)
     return ops.mul(out, tensors["height"]) if "height" in tensors else out, {"v": v} | ({} if left is None else {"left": left})
 
@@ -377,9 +377,11 @@ def facts(snn: SpikingNetwork) -> dict[str, Any]:
         "input_shape": list(snn.input_shape),
         "readout": "mean of the outputs of all steps",
         "rule": "m(t) = leak v(t-1) + current(t); s(t) = 1 if m(t) >= threshold else 0; v(t) = m(t) - threshold s(t); "
-        "output(t) = height s(t). strict: m(t) > threshold. signed: s(t) = -1 if m(t) < 0 and the sum of all s before is > 0",
+        "output(t) = height s(t). strict: m(t) > threshold. signed: s(t) = -1 if m(t) < 0 and the sum of all s before is > 0. "
+        "to_zero: v(t) = 0 where s(t) = 1, else m(t)",
         "neurons": {
-            name: {kind: bool(getattr(neuron, kind)) for kind in ("strict", "signed", "averaged")} for name, neuron in snn.neurons().items()
+            name: {kind: bool(getattr(neuron, kind)) for kind in ("strict", "signed", "averaged", "to_zero")}
+            for name, neuron in snn.neurons().items()
         },
     }
 
