@@ -267,8 +267,8 @@ class _Folder:
             own = self.units[left]
             self._scaled(node, right, lambda: torch.ones(self._shape(node)[0]) if own is None else own.value)
             return own
-        for unit in free[1:]:
-            free[0].merge(unit)
+        for more in free[1:]:
+            free[0].merge(more)
         for parent in (left, right):
             unit = self.units[parent]
             if unit is None or not unit.free:
