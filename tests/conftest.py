@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import quickspike as qs
+from cli_results import Result
+from quickspike.cli import main
 from quickspike.data import DataSet, load_data
 from quickspike.demo import train_digits
 from quickspike.graph import Site
@@ -237,3 +239,22 @@ def spiking_digits(digits_source: nn.Module, digits_calibration: Tensor) -> Call
         return made[method]
 
     return get
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`run("evaluate", file, ...)` calls the command line and gives a `Result`."""
+    # Help and tables fold at the width of the terminal; a wide one keeps every phrase in one line.
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("TERM", "dumb")
+
+    def call(*arguments: Any) -> Result:
+        code: Any = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as leaving:
+            code = leaving.code
+        captured = capsys.readouterr()
+        return Result(0 if code is None else code, captured.out, captured.err)
+
+    return call

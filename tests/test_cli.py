@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import quickspike as qs
+from cli_results import failed
 from quickspike.claims import CLAIMS
 from quickspike.cli import main
 from quickspike.method import all_methods
@@ -46,31 +47,6 @@ def other_classes():
 """
 
 
-class Result:
-    """Exit status and output of one call."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    # Help and tables fold at the width of the terminal; a wide one keeps every phrase in one line.
-    monkeypatch.setenv("COLUMNS", "400")
-    monkeypatch.setenv("TERM", "dumb")
-
-    def call(*arguments: Any) -> Result:
-        code: Any = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as leaving:
-            code = leaving.code
-        captured = capsys.readouterr()
-        return Result(0 if code is None else code, captured.out, captured.err)
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "tiny.py"
@@ -83,17 +59,6 @@ def network(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("network") / "network.safetensors"
     main(["convert", f"{model}:net", "--data", "digits", "--steps", "4", "--calibration-images", "100", "--out", str(path), "--json"])
     return path
-
-
-def failed(result: Result, *parts: str, code: int = 2) -> None:
-    """A user's error: its status, one line on stderr, nothing on stdout."""
-    assert result.code == code, result.err
-    assert "Traceback" not in result.err
-    assert result.out == ""
-    assert result.err.startswith("quickspike: error: ")
-    assert result.err.count("\n") == 1, result.err
-    for part in parts:
-        assert part in result.err
 
 
 # Help
