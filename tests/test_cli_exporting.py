@@ -83,3 +83,27 @@ def test_tuning_under_the_other_reset(run: Any, saved: Path, tmp_path: Path) -> 
     out = tmp_path / "tuned"
     run("tune", str(saved), "--data", "digits", "--epochs", "1", "--reset", "zero", "--out", str(out))
     assert all(neuron.to_zero for neuron in qs.load(out / "network.safetensors").neurons().values())
+
+
+def test_a_card_with_the_figures_of_an_evaluation(run: Any, saved: Path, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub", reason="needs huggingface_hub")
+    folder = tmp_path / "shared"
+    found = json.loads(
+        run("evaluate", saved, "--data", "digits", "--steps", "2", "4", "--energy", "45nm_fp32", "--share", folder, "--json").out
+    )
+    card = (folder / "README.md").read_text()
+    for steps in ("2", "4"):
+        assert f"{found['accuracy'][steps]:.2f}" in card
+    assert "45nm_fp32" in card
+    assert qs.from_pretrained(folder).steps == 4
+
+
+def test_an_upload_says_where_it_went(run: Any, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed: list[Any] = []
+    monkeypatch.setattr(
+        "quickspike.hub.push_to_hub", lambda *arguments, **options: pushed.append((arguments, options)) or "https://x/commit"
+    )
+    assert "uploaded: https://x/commit" in run("evaluate", saved, "--data", "digits", "--push", "user/name").err
+    (((snn, repository, report, energy), options),) = pushed
+    assert (repository, energy, options) == ("user/name", (), {"dataset": "digits"})
+    assert report.steps[-1] == snn.steps == 4

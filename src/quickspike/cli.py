@@ -253,6 +253,12 @@ def evaluate(
     page: Annotated[
         Path | None, Help(metavar="FILE", help="also write a page that shows all of this, with --anatomy and --energy 45nm_fp32, HTML")
     ] = None,
+    share: Annotated[
+        Path | None, Help(metavar="FOLDER", help="also write a folder with the network and a model card that shows these figures")
+    ] = None,
+    push: Annotated[
+        str | None, Help(metavar="USER/NAME", help="also upload that to a repository of the Hugging Face Hub, see `hf auth login`")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Measure a spiking network on test images: accuracy after each number of steps, and firing rates."""
@@ -328,6 +334,7 @@ def evaluate(
         write_text(out, dump(found))
     if plot is not None:
         plot_accuracy({str(snn.method.get("name")): report}, plot, saved)
+    _share(snn, report, priced, data_set.name, share, push)
     if page is not None:
         sample = first_sample(longest, data_set)
         entry = Entry(str(snn.method.get("name")), report, longest, report.anatomy, operations, priced, sample)
@@ -343,6 +350,19 @@ def evaluate(
             show(anatomy_tables(report.anatomy))
         if energy:
             show(energy_tables(operations, priced))
+
+
+def _share(snn: Any, report: Any, energy: Any, dataset: str, folder: Path | None, repository: str | None) -> None:
+    """The network and its card, in a folder and on the Hub."""
+    if folder is None and repository is None:
+        return
+    from quickspike.hub import push_to_hub, save_pretrained
+
+    if folder is not None:
+        save_pretrained(snn, folder, report, energy, dataset=dataset)
+    if repository is not None:
+        where = push_to_hub(snn, repository, report, energy, dataset=dataset)
+        sys.stderr.write(f"uploaded: {where}\n")
 
 
 COUNTED = 200
