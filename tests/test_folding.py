@@ -204,3 +204,81 @@ def test_an_accelerated_network_is_refused(residual: tuple[SpikingNetwork, Tenso
         qs.accelerate(residual[0], "fused").fold()
     with pytest.raises(OptionError, match="bits must be a whole number"):
         residual[0].fold(bits=9)
+
+
+class Tied(nn.Module):
+    """A weight that a layer and a call read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.relu(self.linear(F.relu(self.linear(x)))), self.linear.weight)
+
+
+class Axes(nn.Module):
+    """Poolings and paddings for maps, on signals with one axis: they go over the channels too."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.layer, self.last = nn.Conv1d(3, 4, 3, padding=1), layer, nn.LazyLinear(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.layer(F.relu(self.conv(x)))).flatten(1))
+
+
+class Computed(nn.Module):
+    """A pooling whose size is that of the map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(x))
+        return self.last(F.avg_pool2d(x, x.size(-1)).flatten(1))
+
+
+AXES = (nn.MaxPool2d((3, 1), 1, (1, 0)), nn.AvgPool2d(2), nn.ZeroPad2d(1), nn.AdaptiveAvgPool2d((4, 2)))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"), [(Tied(), (5,)), *((Axes(layer), (3, 8)) for layer in AXES), (Computed(), (3, 8, 8))], ids=lambda one: str(one)[:24]
+)
+def test_what_units_do_not_pass_through(model: nn.Module, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(20, *shape)
+    model(images)
+    snn, _ = untied((qs.convert(model.eval(), images, "threshold_balancing", steps=5, granularity="channel"), images))
+    folded = snn.fold()
+    assert all_ones(folded)
+    same(snn, folded, images)
+
+
+def test_heights_of_zero_count_nothing() -> None:
+    torch.manual_seed(0)
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.last = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.relu(self.a(x)) + F.relu(self.b(x)))
+
+    images = torch.randn(20, 3)
+    snn = qs.convert(Sum(), images, steps=4).double()
+    next(iter(snn.neurons().values())).amplitude.fill_(0.0)
+    # Spikes of height 0 are none where they are counted, and spikes in the folded network.
+    assert torch.allclose(snn(images.double()), snn.fold()(images.double()), atol=1e-12)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("bits", [3, 8])
+def test_whole_numbers_under_a_reset_to_zero(bits: int, strict: bool, residual: tuple[SpikingNetwork, Tensor]) -> None:
+    snn, images = residual
+    hard = snn.with_steps(12).with_reset("zero").double()
+    for neuron in hard.neurons().values():
+        neuron.strict = strict
+    same(quantise(hard, bits).network, hard.fold(bits), images)

@@ -182,8 +182,8 @@ class SpikingNetwork(nn.Module):
         """A copy that computes the same with every threshold and every height 1: all scales are in its weights.
 
         Average pools become sum pools. Leaks, initial potentials (as fractions of theta), firing rules and T stay. What no
-        weight can take in stays as a scale per channel (`Affine`): on a shortcut without weights, say, whose spikes have
-        another height than the threshold that they reach.
+        weight takes in stays as a scale per channel (`Affine`): on a shortcut without weights whose spikes have another height
+        than the threshold that they reach, and between weights and neurons with a pooling or a concatenation between them.
 
         Args:
             bits: weights are whole numbers of so many bits, with their sign, times a scale per output channel, wherever layers

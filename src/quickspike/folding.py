@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -100,6 +101,12 @@ def _whole(snn: SpikingNetwork, bits: int) -> SpikingNetwork:
         places = neuron.initial * theta / grid
         # Products of halves with even numbers may be off by a rounding.
         places = torch.where((places - places.round()).abs() < 1e-4, places.round(), places)
+        if neuron.to_zero:
+            # A reset to 0 forgets where it began, so that the half unit goes into the threshold.
+            begin = (places.ceil() if neuron.strict else places.floor()) * grid
+            between = theta + (grid / 2 if neuron.strict else -grid / 2)
+            neuron.threshold, neuron.initial = nn.Parameter(between, False), nn.Parameter(begin / between, False)
+            continue
         middle = places.ceil() - 0.5 if neuron.strict else places.floor() + 0.5
         neuron.initial = nn.Parameter(middle * grid / theta, False)
     return quantised.network
@@ -130,7 +137,8 @@ class _Folder:
 
     def _separate(self, nodes: list[fx.Node]) -> None:
         """Give every call of a layer with weights its own copy: the units of their inputs differ."""
-        seen = set[str]()
+        # A weight that the graph also reads by name stays as it is there.
+        seen = {str(node.target).rpartition(".")[0] for node in nodes if node.op == "get_attr"}
         for node in nodes:
             target = str(node.target)
             if node.op == "call_module" and target in seen and isinstance(self._layer(node), WEIGHTED):
@@ -219,9 +227,10 @@ class _Folder:
         """The unit that passes through `node`; None if it can pass through no further."""
         if node.op == "call_function":
             return self._function(node)
-        unit = self.units[node.all_input_nodes[0]]
-        if unit is None or layer is None:
-            return None
+        parent = node.all_input_nodes[0]
+        unit, axes = self.units[parent], re.search(r"([123])d$", type(getattr(layer, "pool", layer)).__name__)
+        if unit is None or layer is None or (axes and int(axes[1]) != len(self._shape(parent)) - 1):
+            return None  # a layer for more axes goes over channels too
         if isinstance(layer, (Repeat, *PADS, *UPSAMPLING)):
             return unit
         if isinstance(layer, AccumulatedMaxPool) or type(layer) in MAX_POOLS:
@@ -243,6 +252,8 @@ class _Folder:
             return self._joined(node)
         if unit is None:
             return None
+        if name in ("avg_pool2d", "avg_pool3d") and len(node.all_input_nodes) > 1:
+            return unit  # of a size that is computed
         if name in ("avg_pool2d", "avg_pool3d"):
             kind: Any = SUM_POOLS[name == "avg_pool3d"]
             return self._sum_pool(node, kind(*node.args[1:], **node.kwargs), unit)
@@ -265,6 +276,9 @@ class _Folder:
         free = [unit for unit in (self.units[left], self.units[right]) if unit is not None and unit.free]
         if not free:
             own = self.units[left]
+            if own is not None and bool((own.value == 0).any()):
+                own = None  # nothing can be counted in heights of 0
+                self._in_ones(node, left)
             self._scaled(node, right, lambda: torch.ones(self._shape(node)[0]) if own is None else own.value)
             return own
         for more in free[1:]:

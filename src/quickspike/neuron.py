@@ -433,7 +433,7 @@ class Neuron(Timed):
         count = self.threshold.numel()
         theta, initial, leak = (float(value.detach().mean()) for value in (self.threshold, self.initial, self.leak))
         several = f" (mean of {count})" if count > 1 else ""
-        kind = (", averaged" if self.averaged else "") + (", signed" if self.signed else "")
+        kind = "".join(f", {flag}" for flag in ("averaged", "signed", "to_zero") if getattr(self, flag))
         return f"theta={theta:.4g}{several}, v0={initial:g} theta, leak={leak:g}, steps={self.steps}{kind}"
 
 

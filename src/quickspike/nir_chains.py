@@ -19,8 +19,9 @@ from quickspike.nir_readers import Reader, pair
 Array = Any
 NEURONS = ("IF", "LIF")
 ABOVE = 1 + 2**-10
-"""Weight of a spike that is handed on where meeting the threshold is not enough. So little above it that nothing comes of
-what a reset by subtraction leaves, in fewer than a thousand steps."""
+"""Weight of a spike that is handed on: meeting the threshold is not enough for some. So little above it that nothing comes of
+what a reset by subtraction leaves, in up to `MOST_STEPS`."""
+MOST_STEPS = 1000
 PASSING = ("SumPool2d", "AvgPool2d", "Flatten")
 """Nodes that a sum passes through channel by channel."""
 
@@ -59,26 +60,30 @@ class _Shortcut:
     """Likewise, between `path` and a sum of spikes."""
 
 
-def chained(nodes: dict[str, Any], edges: list[tuple[str, str]], reader: Reader) -> None:
+def chained(nodes: dict[str, Any], edges: list[tuple[str, str]], reader: Reader, steps: int) -> None:
     """Rewrite a graph, in place, so that no node reads the sum of several.
 
     Args:
         nodes: by name, in the order of computation.
         edges: of the graph.
         reader: whose rules neurons follow that hand spikes on.
+        steps: T.
 
     Raises:
-        ConversionError: a sum is not that of a chain of convolutions and neurons and of spikes past it.
+        ConversionError: a sum is not that of a chain of convolutions and neurons and of spikes past it, or T > 1000.
     """
     graph = _Graph(nodes, edges)
     # The first join in the order of computation is that of the innermost shortcut, as none is joined before it.
     while joins := [name for name in graph.nodes if len(graph.parents(name)) > 1]:
+        if steps > MOST_STEPS:
+            raise ConversionError(f"{reader.name}: networks with shortcuts are written for at most {MOST_STEPS} steps, got {steps}")
         shortcut = _shortcut(graph, joins[0])
         if shortcut is None:
             parents = ", ".join(graph.parents(joins[0]))
             raise ConversionError(
                 f"{reader.name} {reader.version} adds nothing up, and what comes to {joins[0]} ({parents}) is no chain of convolutions and "
-                "neurons with a shortcut of spikes past it, which could be written without a sum"
+                "neurons on maps that stay as large, with a shortcut of spikes past it, which could be written without a sum; "
+                "take reader=nir, which has sums"
             )
         _reroute(graph, shortcut, reader)
 
@@ -131,7 +136,7 @@ def _fits(graph: _Graph, path: list[str], between: str | None) -> bool:
     for name in path:
         node = graph.nodes[name]
         if graph.kind(name) == "Conv2d":
-            if _middle(node) is None:
+            if _middle(node) is None or not _keeps_edges(node):
                 return False
             stride *= pair(node.stride)
     return bool((stride == (pair(graph.nodes[between].stride) if between else (1, 1))).all())
@@ -143,6 +148,12 @@ def _middle(node: Any) -> tuple[int, int] | None:
     found = tuple(p // d for p, d in zip(padding, dilation, strict=True))
     inside = all(p % d == 0 and f < size for p, d, f, size in zip(padding, dilation, found, node.weight.shape[2:], strict=True))
     return (found[0], found[1]) if inside else None
+
+
+def _keeps_edges(node: Any) -> bool:
+    """True if every place that the stride leaves has a place in the map that a convolution gives."""
+    axes = zip(*(pair(value) for value in (node.input_shape, node.padding, node.dilation, node.stride)), node.weight.shape[2:], strict=True)
+    return all((n + 2 * p - d * (k - 1) - 1) // s + 1 >= -(-n // s) for n, p, d, s, k in axes)
 
 
 def _can_join(graph: _Graph, end: str, last: str) -> bool:
@@ -164,14 +175,14 @@ def _reroute(graph: _Graph, shortcut: _Shortcut, reader: Reader) -> None:
     for name in shortcut.path:
         node = graph.nodes[name]
         if graph.kind(name) in NEURONS:
-            graph.nodes[name] = _more_neurons(node, channels)
+            graph.nodes[name] = _more_neurons(node, channels, reader)
         elif joining and name == convolutions[-1]:
             # Alone on the way it reads the spikes themselves.
             more = _at_middle(node, matrix)
             weight = node.weight + more if len(convolutions) == 1 else np.concatenate([node.weight, more], 1)
             graph.nodes[name] = replace(node, weight=weight, bias=node.bias + bias)
         else:
-            passed = _at_middle(node, np.eye(channels, dtype=np.float32) * (ABOVE if reader.compares == ">" else 1.0))
+            passed = _at_middle(node, np.eye(channels, dtype=np.float32) * ABOVE)
             graph.nodes[name] = _widened(node, passed, first=name == convolutions[0])
     if shortcut.between is not None:
         graph.remove(shortcut.between)
@@ -181,10 +192,13 @@ def _reroute(graph: _Graph, shortcut: _Shortcut, reader: Reader) -> None:
         _read_beside(graph, shortcut, matrix)
 
 
-def _more_neurons(node: Any, channels: int) -> Any:
+def _more_neurons(node: Any, channels: int, reader: Reader) -> Any:
     """Neurons with `channels` more, like those of the first channel: what hands spikes on never holds a potential."""
     arrays = {name: getattr(node, name) for name in ("r", "tau", "v_leak", "v_threshold", "v_reset") if hasattr(node, name)}
     more = {name: np.broadcast_to(values[:1], (channels, *values.shape[1:])) for name, values in arrays.items()}
+    if reader.name == "norse" and "tau" in arrays:
+        # It lets currents in as dt/tau: all of them only where nothing of a potential is kept.
+        more |= {name: np.full_like(more[name], value) for name, value in (("tau", reader.dt), ("r", 1.0))}
     return type(node)(**{name: np.concatenate([values, more[name]]) for name, values in arrays.items()})
 
 

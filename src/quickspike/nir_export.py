@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Version of the metadata."""
+WAYS_OUT = "ways out: average pooling instead of max-pooling (qs.replace_max_pool before the training), padding in convolutions, ReLUs"
 KEY = "quickspike"
 """Where it stands in a file."""
 Initial = Literal["left out", "bias"]
@@ -93,9 +94,11 @@ def to_nir(snn: SpikingNetwork, reader: str = "nir", initial: Initial = "left ou
     Raises:
         ConversionError: NIR has no nodes for a part of the network; every such part is named.
         UnknownNameError: no such reader.
-        OptionError: nir is not installed, or the network was accelerated.
+        OptionError: nir is not installed, the network was accelerated, or initial is something else.
     """
     need_nir()
+    if initial not in get_args(Initial):
+        raise OptionError(f"initial must be one of {', '.join(map(repr, get_args(Initial)))}, got {initial!r}")
     rules = reader_of(reader)
     network = fold(snn)
     with torch.no_grad():
@@ -103,8 +106,11 @@ def to_nir(snn: SpikingNetwork, reader: str = "nir", initial: Initial = "left ou
     writer = _Writer(network, rules, initial)
     graph, nodes = writer.run()
     metadata = _metadata(snn, network, rules, initial, nodes)
-    metadata["sha256"] = digest(graph, metadata)
-    graph.metadata = {KEY: json.dumps(metadata, sort_keys=True)}
+    try:
+        metadata["sha256"] = digest(graph, metadata)
+        graph.metadata = {KEY: json.dumps(metadata, sort_keys=True, allow_nan=False)}
+    except (TypeError, ValueError) as error:
+        raise ConversionError(f"the network holds something that JSON does not ({error}); look at its provenance") from error
     return Exported(graph, rules, losses_of(network, rules, initial), nodes)
 
 
@@ -122,7 +128,7 @@ def export_nir(snn: SpikingNetwork, path: str | Path, reader: str = "nir", initi
         ConversionError: NIR has no nodes for a part of the network, or `strict` and something is lost.
         OutputError: the file cannot be written.
         UnknownNameError: no such reader.
-        OptionError: nir is not installed, or the network was accelerated.
+        OptionError: nir is not installed, the network was accelerated, or initial is something else.
     """
     exported = to_nir(snn, reader, initial)
     if strict and exported.losses:
@@ -155,7 +161,7 @@ def losses_of(network: SpikingNetwork, reader: Reader, initial: Initial) -> tupl
         note(f"potentials without a lower bound: they end at -{reader.lowest:g} theta there", tuple(neurons), "measure the difference")
     begin = where(lambda neuron: bool((neuron.initial != 0).any()))
     if initial == "bias":
-        note("potentials to begin with come in bit by bit, as biases", begin, "by step T all has come in")
+        note("potentials to begin with come in bit by bit, as biases", begin, "by step T all has come in that does not leak")
     else:
         note("potentials to begin with: they are 0 there", begin, "initial=bias lets them in over T steps")
     if reader.compares == ">":
@@ -191,7 +197,8 @@ def _metadata(snn: SpikingNetwork, network: SpikingNetwork, reader: Reader, init
                 "function": site.function,
                 "ceiling": site.ceiling,
                 "shape": list(site.shape),
-                "source": site.source,
+                # Without the folder, which is that of a machine.
+                "source": re.sub(r"^\S*[/\\]", "", site.source),
                 "encodes_input": site.encodes_input,
                 "initial": _plain(network.neuron(site.name).initial),
                 "leak": _plain(network.neuron(site.name).leak),
@@ -205,7 +212,7 @@ def _metadata(snn: SpikingNetwork, network: SpikingNetwork, reader: Reader, init
 
 
 def _plain(values: Tensor) -> Any:
-    """A number, or one for each channel."""
+    """A number, or one for each channel or neuron."""
     flat = values.detach().reshape(-1).tolist()
     return flat[0] if len(flat) == 1 else flat
 
@@ -264,13 +271,14 @@ class _Writer:
             except _Unspeakable as error:
                 self.refused.append(f"{node.target if node.op == 'call_module' else node.name}: {error}")
         if self.refused:
-            raise ConversionError("NIR has no nodes for this network:\n" + "\n".join(f"- {reason}" for reason in self.refused))
+            listed = "\n".join(f"- {reason}" for reason in self.refused)
+            raise ConversionError(f"NIR has no nodes for this network:\n{listed}\n{WAYS_OUT}")
         self._join_points()
         if self.initial == "bias":
             for site, name in self.sites.items():
                 self._let_in(name, self.snn.neuron(site).initial.detach() / self.snn.steps)
         if not self.reader.adds:
-            chained(self.nodes, self.edges, self.reader)
+            chained(self.nodes, self.edges, self.reader, self.snn.steps)
         names = self._numbered()
         graph = self.nir.NIRGraph(
             nodes={names[name]: node for name, node in self.nodes.items()}, edges=[(names[a], names[b]) for a, b in sorted(self.edges)]
@@ -313,13 +321,13 @@ class _Writer:
         name, shape, before = str(node.target), self._shape(node), self._shape(node.all_input_nodes[0])
         if isinstance(layer, Neuron):
             # A map that was not flattened has two axes more.
-            shape = self.shapes[x[0]]
+            shape = self._unflattened(x, shape)
             self.sites[name] = self._put(name, self._neuron(layer, shape), x, shape)[0]
             return [self.sites[name]]
         if isinstance(layer, Repeat):
             return x
         if isinstance(layer, Affine):
-            return self._affine(name, layer, x, self.shapes[x[0]])
+            return self._affine(name, layer, x, self._unflattened(x, shape))
         if type(layer) in (nn.Conv1d, nn.Conv2d):
             return self._put(name, self._convolution(layer, before), x, shape)
         if type(layer) is nn.Linear and len(shape) == 1:
@@ -329,9 +337,18 @@ class _Writer:
         if type(layer) is nn.AdaptiveAvgPool2d and not any(a % b for a, b in zip(before[1:], shape[1:], strict=True)):
             size = tuple(a // b for a, b in zip(before[1:], shape[1:], strict=True))
             return self._pool(name, _average(size), x, before, shape)
-        if type(layer) is nn.Flatten and layer.start_dim == 1:
+        if type(layer) is nn.Flatten and shape == (math.prod(before),):
             return self._flatten(name, x, before, shape)
         raise _Unspeakable(type(layer).__name__)
+
+    def _unflattened(self, x: list[str], shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in the file of a signal of that shape: with two axes of 1 more behind a layer in the place of a flattening."""
+        found = self.shapes[x[0]]
+        if found not in (shape, (*shape, 1, 1)):
+            raise _Unspeakable(
+                f"reads a flattened map, which {self.reader.name} {self.reader.version} does not flatten; take another reader"
+            )
+        return found
 
     def _function(self, node: fx.Node) -> list[str]:
         name, parents = FUNCTION_NAMES.get(node.target, str(node.target)), node.all_input_nodes
@@ -346,7 +363,7 @@ class _Writer:
         if name == "adaptive_avg_pool2d" and not any(a % b for a, b in zip(before[1:], shape[1:], strict=True)):
             size = tuple(a // b for a, b in zip(before[1:], shape[1:], strict=True))
             return self._pool(node.name, _average(size), x, before, shape)
-        if name == "avg_pool2d":
+        if name == "avg_pool2d" and len(parents) == 1:
             return self._pool(node.name, _average(*node.args[1:], **node.kwargs), x, before, shape)
         if name == "pad" and len(before) == 3:
             return self._padded(node, x, before, shape)
@@ -428,8 +445,9 @@ class _Writer:
         if len(before) == 1:
             return self._put(name, self.nir.Affine(_array(weight), _array(bias)), x, self._shape(node))
         # The map was not flattened, for a reader that cannot: one convolution over all of it does the same.
-        if before[1] != before[2]:
-            raise _Unspeakable(f"{self.reader.name} reads no Flatten, and the map of {before[1]} x {before[2]} is not square")
+        if len(before) != 3 or before[1] != before[2]:
+            size = " x ".join(map(str, before[1:]))
+            raise _Unspeakable(f"{self.reader.name} reads no Flatten, and the map of {size} is not square; take another reader")
         return self._put(name, self._conv2d(weight.reshape(-1, *before), bias, before, (1, 1), (0, 0)), x, (len(weight), 1, 1))
 
     def _pool(self, name: str, pool: nn.AvgPool2d, x: list[str], before: tuple[int, ...], shape: tuple[int, ...]) -> list[str]:
@@ -450,7 +468,7 @@ class _Writer:
     def _sum(self, node: fx.Node) -> list[str]:
         left, right = (self.signals[cast(fx.Node, arg)] for arg in node.args)
         twice = [name for name in left if name in right]
-        shape = self._shape(node)
+        shape = self._unflattened(left, self._shape(node))
         if not twice:
             return left + right
         # An edge is there once or not at all.
@@ -516,6 +534,8 @@ class _Writer:
         if not bool(current.any()):
             return
         channels = self.shapes[name][0]
+        if current.numel() not in (1, channels):
+            raise ConversionError(f"{name}: potentials of single neurons to begin with are no bias; take initial='left out'")
         each = _array(current.reshape(-1).expand(channels))
         for source in (a for a, b in self.edges if b == name):
             node = self.nodes[source]

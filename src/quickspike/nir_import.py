@@ -1,8 +1,7 @@
 """NIR files as spiking networks: our own bit for bit, and what others wrote in the same nodes.
 
 A file that `nir_export` wrote says in its metadata what NIR has no word for, and gives the network that it was made from,
-folded. Of other files, what they say is taken: IF and LIF neurons with reset by subtraction, and a number of steps that
-the caller chooses.
+folded. Other files are taken as a reader takes them that the caller names, for a number of steps that the caller names too.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import keyword
 import logging
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ def load_nir(path: str | Path, steps: int | None = None, reader: str = "nir") ->
         path: HDF5, as `nir.write` makes it. A file of ours gives the spikes of the network that it was made from, unless its
             initial potentials were written as biases: those come in bit by bit then, as for any reader of it.
         steps: T; None for what the file says, which only ours do.
-        reader: whose time step the leaks of a file from elsewhere are meant for, see `quickspike.nir_readers.READERS`.
+        reader: whose rules hold for a file from elsewhere (reset, comparison, time step), see `quickspike.nir_readers.READERS`.
 
     Raises:
         CheckpointError: the file is missing, truncated, altered, no NIR file, or of a newer format.
@@ -64,8 +63,11 @@ def load_nir(path: str | Path, steps: int | None = None, reader: str = "nir") ->
     if type(steps) is not int or not 1 <= steps <= MAX_STEPS:
         raise OptionError(f"steps must be a whole number in [1, {MAX_STEPS}], got {steps!r}")
     if not metadata:
-        reader_of(reader)
-        logger.warning("%s: no file of quickspike; its neurons are reset by subtraction here, whatever its writer meant", path)
+        rules = reader_of(reader)
+        if rules.several or rules.lowest is not None:
+            logger.warning(
+                "%s: neurons fire once in a step at most here, and have no lowest potential; %s has them otherwise", path, reader
+            )
     try:
         return _Builder(graph, metadata, steps, metadata.get("reader", reader)).run()
     except (ConversionError, OptionError, CheckpointError):
@@ -99,8 +101,10 @@ def _metadata(graph: Any, path: str | Path) -> dict[str, Any]:
     try:
         found = json.loads(text.decode() if isinstance(text, bytes) else str(text))
         version = found["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: its metadata is damaged ({error})") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its metadata is damaged ({error}); export the network again") from error
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{path}: its metadata names no format version; the file was altered, export the network again")
     if version > FORMAT:
         raise CheckpointError(f"{path}: metadata of format {version}, this quickspike reads up to {FORMAT}; upgrade quickspike to load it")
     if found.get("sha256") != digest(graph, found):
@@ -160,11 +164,18 @@ class _Builder:
 
     def _repeat(self, signal: fx.Node) -> fx.Node:
         if signal not in self.repeated:
-            name = f"repeat_{len(self.repeated)}"
+            name = self._free("repeat")
             self.root.add_module(name, Repeat(self.steps))
             self.repeated[signal] = self.out.call_module(name, (signal,))
             self.timed.add(self.repeated[signal])
         return self.repeated[signal]
+
+    def _free(self, name: str) -> str:
+        """A name that no layer and no attribute of a module has, nor a site of ours."""
+        taken = {site["name"].split(".")[0] for site in self.sites.values()}
+        while hasattr(self.root, name) or name in taken:
+            name += "_"
+        return name
 
     def _note(self, node: fx.Node, like: fx.Node) -> fx.Node:
         if like in self.timed:
@@ -177,7 +188,7 @@ class _Builder:
             return self._neurons(name, node, x)
         if kind not in _LAYERS:
             raise ConversionError(f"{name}: a node {kind} has no counterpart here; known are IF, LIF, {', '.join(sorted(_LAYERS))}")
-        key = _identifier(name)
+        key = self._free(_identifier(name))
         self.root.add_module(key, _LAYERS[kind](node))
         return self._note(self.out.call_module(key, (x,)), x)
 
@@ -196,9 +207,8 @@ class _Builder:
         site = Site(shape=tuple(np.shape(node.v_threshold)), **{key: known[key] for key in fields})
         # As biases, they are in the weights.
         begin = 0.0 if self.metadata["initial"] == "bias" else known["initial"]
-        begin, leak = (_for_all(values, known["shape"][0], site.channels, rest) for values, rest in ((begin, 0.0), (known["leak"], 1.0)))
+        initial, leak = (_for_all(values, known["shape"], site, rest) for values, rest in ((begin, 0.0), (known["leak"], 1.0)))
         flags = {key: bool(known[key]) for key in ("strict", "averaged", "signed", "to_zero")}
-        initial, leak = (site.per_channel(torch.tensor(values, dtype=torch.float32)) for values in (begin, leak))
         return _Neurons(site, NeuronParameters(torch.ones(()), initial, leak, torch.ones(()), scaled=False, **flags))
 
     def _as_found(self, name: str, node: Any) -> _Neurons:
@@ -209,20 +219,27 @@ class _Builder:
             raise ConversionError(f"{name}: neurons that rest or are reset elsewhere than at 0")
         leak, gain = dynamics(node, self.rules)
         if type(node).__name__ == "IF":
-            gain = tensor(node.r) * (self.rules.dt if self.rules.name != "nir" else 1.0)
+            gain = tensor(node.r) if self.rules.name == "nir" else torch.ones_like(leak)
         if bool((gain <= 0).any()):
             raise ConversionError(f"{name}: currents must have positive weights")
-        site = Site(_identifier(name), "relu", None, shape)
+        site = Site(self._free(_identifier(name)), "relu", None, shape)
         # A current of weight g against theta is one of weight 1 against theta/g.
         theta = _least(tensor(node.v_threshold) / gain, shape)
-        return _Neurons(site, NeuronParameters(theta, 0.0, _least(leak, shape).clamp(0, 1), torch.ones(()), scaled=False, strict=True))
+        flags = {"strict": self.rules.compares == ">", "to_zero": self.rules.reset == "zero"}
+        return _Neurons(site, NeuronParameters(theta, 0.0, _least(leak, shape).clamp(0, 1), torch.ones(()), scaled=False, **flags))
 
 
-def _for_all(values: Any, own: int, channels: int, rest: float) -> Any:
-    """A number or one per channel, of `own` channels, for neurons with more of them, which hand spikes on."""
-    if channels == own:
-        return values
-    return [*(values if isinstance(values, list) else [values] * own), *[rest] * (channels - own)]
+def _for_all(values: Any, known: Sequence[int], site: Site, rest: float) -> Tensor:
+    """A number, one per channel or one per neuron, for a site that may have more channels, which hand spikes on."""
+    found = torch.tensor(values, dtype=torch.float32)
+    own, more = known[0], site.channels - known[0]
+    if found.ndim and len(found) != own:
+        found = found.reshape(own, *site.shape[1:])
+    if not more:
+        return site.per_channel(found) if found.ndim < 2 else found
+    found = found.expand(own) if not found.ndim else found
+    wide = torch.cat([found, torch.full((more, *found.shape[1:]), rest)])
+    return site.per_channel(wide) if wide.ndim < 2 else wide
 
 
 def _identifier(name: str) -> str:

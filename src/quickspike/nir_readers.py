@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quickspike.errors import ConversionError, UnknownNameError
+from quickspike.errors import ConversionError, DataError, OptionError, UnknownNameError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -130,7 +130,7 @@ class Played:
 
 @torch.no_grad()
 def play(graph: Any, images: Tensor, steps: int, reader: str = "nir") -> Played:
-    """Present `images` to a NIR graph for some steps, by the rules of a reader.
+    """Present `images` to a NIR graph for some steps, by the rules of a reader, in float32.
 
     Args:
         graph: `nir.NIRGraph` without cycles.
@@ -139,9 +139,18 @@ def play(graph: Any, images: Tensor, steps: int, reader: str = "nir") -> Played:
         reader: see `READERS`.
 
     Raises:
-        ConversionError: the graph holds a node that is not played here, or a cycle.
+        ConversionError: the graph holds a node that is not played here, a cycle, or not one Input and one Output.
+        OptionError: steps < 1.
+        DataError: the images do not fit the graph.
         UnknownNameError: no such reader.
     """
+    start, end = _ends(graph)
+    shape = pair(graph.nodes[start].input_type["input"])
+    if images.shape[1:] != shape:
+        raise DataError(f"this graph takes images of shape [B, {', '.join(map(str, shape))}], got {list(images.shape)}")
+    if steps < 1:
+        raise OptionError(f"steps must be >= 1, got {steps}")
+    images = images.float()
     rules, order = reader_of(reader), in_order(graph)
     parents = {name: [a for a, b in graph.edges if b == name] for name in order}
     layers = {name: _layer(name, graph.nodes[name], rules) for name in order}
@@ -154,9 +163,16 @@ def play(graph: Any, images: Tensor, steps: int, reader: str = "nir") -> Played:
             values[name] = layer(x)
             if isinstance(layer, _Neurons):
                 spikes[name] = values[name] + spikes.get(name, 0)
-        (end,) = (name for name in order if type(graph.nodes[name]).__name__ == "Output")
         outputs.append(values[end])
     return Played(torch.stack(outputs), spikes)
+
+
+def _ends(graph: Any) -> tuple[str, str]:
+    """The names of the Input and of the Output."""
+    found = [[name for name, node in graph.nodes.items() if type(node).__name__ == kind] for kind in ("Input", "Output")]
+    if [len(names) for names in found] != [1, 1]:
+        raise ConversionError(f"a graph with one Input and one Output is wanted, got {len(found[0])} and {len(found[1])}")
+    return found[0][0], found[1][0]
 
 
 def in_order(graph: Any) -> list[str]:
@@ -215,8 +231,8 @@ def dynamics(node: Any, rules: Reader) -> tuple[Tensor, Tensor]:
     """(leak, weight of the current) of a step of an IF or LIF node."""
     r = tensor(node.r)
     if type(node).__name__ == "IF":
-        # Readers want different r for a current of weight 1; files are written so that it is.
-        return torch.ones_like(r), torch.ones_like(r)
+        # Readers leave r out or ask for the one that gives currents a weight of 1.
+        return torch.ones_like(r), r if rules.name == "nir" else torch.ones_like(r)
     tau = tensor(node.tau).double()
     if rules.name == "sinabs":
         return (-1 / tau).exp().float(), torch.ones_like(r)

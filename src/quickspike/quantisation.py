@@ -218,6 +218,8 @@ class _Quantiser:
             return self._sum(node)
         if name == "cat" and _option(node, 1, "dim", 0) == 1:
             return self._joined(node)
+        if name in ("avg_pool2d", "avg_pool3d") and len(node.all_input_nodes) > 1:
+            return None  # its size is computed
         if name in ("avg_pool2d", "avg_pool3d") and x is not None and x.known is not None:
             kind: Any = SUM_POOLS[name == "avg_pool3d"]
             pool = kind(*node.args[1:], **node.kwargs)
