@@ -1,6 +1,6 @@
 """What readers of NIR make of a network: how often they answer as we do, and as the labels say.
 
-    python bench/nir_agreement.py MODEL WEIGHTS DATA --mean M... --std S... [--method potential_init] [--steps 4] [--images 1000] [--out FILE]
+    python bench/nir_agreement.py MODEL WEIGHTS DATA --mean M... --std S... [--method potential_init] [--steps 4] [--images N] [--out FILE]
 
 The network is converted once, on the first 1,000 training images, and written for every reader. Each file is read back and
 its answers for the first test images are compared with those of the network: by the reader's rules (`as it computes`), and in

@@ -116,9 +116,42 @@ def test_times_are_ratios_of_the_first_one_and_the_first_call_is_left_out(monkey
 
     found = timing.interleaved({name: partial(call, name) for name in taken}, 3)
     assert found == {
-        "short": {"ratio": 1.0, "least": 0.5, "largest": 4.5},
-        "long": {"ratio": 3.0, "least": 2.0, "largest": 4.0},
+        "short": {"ratio": 1.0, "least": 0.5, "largest": 4.5, "runs": 3},
+        "long": {"ratio": 3.0, "least": 2.0, "largest": 4.0, "runs": 3},
     }
+
+
+@pytest.mark.parametrize(("at_most", "runs"), [(0.0, 3), (45.0, 4), (1000.0, 9)])
+def test_repetitions_end_when_the_time_is_over_but_for_the_fewest(at_most: float, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    timing, clock = script("timing"), [0.0]
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def call() -> None:
+        clock[0] += 10.0
+
+    assert timing.interleaved({"one": call}, 9, at_most)["one"]["runs"] == runs
+
+
+def test_a_reader_of_nir_is_compared(toy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nir", reason="needs the package nir")
+    out = tmp_path / "nir.json"
+    settings = ("--calibration-images", 20, "--images", 10, "--out", out)
+    run_main(script("nir_agreement"), monkeypatch, *toy, *settings)
+    found = json.loads(out.read_text())
+    rows = {row["reader"]: row for row in found["rows"] if not row["program"]}
+    assert set(rows) == {"nir", "sinabs", "spikingjelly", "snntorch", "norse"} - set(found["left_out"])
+    assert all(row["images"] == 10 and row["spikes"] >= 0 and 0 <= row["agreement"] <= 100 for row in rows.values())
+    assert {"nir", "sinabs"} <= set(rows)
+
+
+def test_onnxruntime_is_held_against_us(toy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    out = tmp_path / "onnx.json"
+    settings = ("--calibration-images", 20, "--images", 10, "--batch", 4, "--repetitions", 1, "--out", out)
+    run_main(script("onnx_runtime"), monkeypatch, *toy, *settings)
+    rows = {row["form"]: row for row in json.loads(out.read_text())["rows"]}
+    assert set(rows) == {"float32", "integers"}
+    assert all(row["images"] == 10 and row["same answers"] >= 9 for row in rows.values())
 
 
 def test_bytes_kept_for_the_backward_pass() -> None:

@@ -94,7 +94,7 @@ READERS: dict[str, Reader] = {
             dt=1e-3,
             flattens=False,
             adds=False,
-            call="norse.torch.from_nir(nir.read(FILE))",
+            call="norse.torch.utils.import_nir.from_nir(nir.read(FILE))",
         ),
     )
 }
