@@ -23,9 +23,13 @@ from quickspike.engines.integer import ByteConv, ByteLinear, ByteMax, ByteSum
 from quickspike.errors import CheckpointError, ConversionError, OptionError
 from quickspike.evaluation import make_fabric
 from quickspike.models import load_model
+from quickspike.processor import largest_pair
 from quickspike.quantisation import quantise
 from quickspike.simulation import simulate
 from random_networks import LAYERS, NETWORKS, draw, draw_layers
+
+LARGEST = int(min(255, largest_pair() // (2 * 127)))
+"""Largest byte that this processor adds exactly with weights of 8 bits."""
 
 
 def same_spikes(a: SpikingNetwork, b: SpikingNetwork, images: Tensor) -> None:
@@ -336,7 +340,7 @@ def test_byte_max_takes_maps_of_more_than_255_places() -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("largest", [1, 255])
+@pytest.mark.parametrize("largest", [1, LARGEST])
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_byte_convolutions_are_exact(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, largest: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -358,8 +362,35 @@ def test_byte_linear_layers_are_exact(bias: bool) -> None:
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(torch.randint(-127, 128, parameter.shape, generator=generator))
-    x = torch.randint(0, 256, (5, 300), generator=generator, dtype=torch.uint8)
+    x = torch.randint(0, LARGEST + 1, (5, 300), generator=generator, dtype=torch.uint8)
     assert torch.equal(ByteLinear(layer)(x).double(), copy.deepcopy(layer).double()(x.double()))
+
+
+class Many(nn.Module):
+    """A layer that reads sums of 16 steps of spikes, or of 200."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 40), nn.Linear(40, 30), nn.Linear(30, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(F.relu(self.b(F.relu(self.a(x)))))
+
+
+@pytest.mark.parametrize("steps", [16, 200])
+def test_sums_that_could_saturate_stay_in_floating_point(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quickspike.engines.integer.largest_pair", lambda: 2**15 - 1)
+    torch.manual_seed(0)
+    images = torch.randn(50, 6)
+    whole = quantise(qs.convert(Many(), images, steps=steps, synchronous=True)).network
+    fast = accelerate(whole, "count")
+    reason = "sums of its bytes could saturate on this processor, which has no VNNI"
+    assert [one for one in fast.provenance["engine"]["in floating point"] if reason in one] == (
+        [] if steps == 16 else [f"b: {reason}", f"c: {reason}"]
+    )
+    with torch.no_grad():
+        one, other = simulate(accelerate(whole, "reference"), images), simulate(fast, images)
+    assert all(torch.equal(counts, other.spikes[site]) for site, counts in one.spikes.items())
 
 
 @pytest.mark.parametrize("engine", ["reference", "fused", "integer", "auto"])

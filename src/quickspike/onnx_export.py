@@ -11,6 +11,7 @@ import ast
 import hashlib
 import importlib
 import json
+import math
 import re
 import warnings
 from collections import Counter
@@ -199,7 +200,8 @@ def _byte_layers(snn: SpikingNetwork) -> dict[str, int]:
     with torch.no_grad():
         ShapeProp(module).propagate(torch.zeros(1, *snn.input_shape))
     names = {node: str(node.target) for node in module.graph.nodes}
-    rewritten = Bytes(module, {})
+    # Of any processor: the file is to be the same wherever it is written.
+    rewritten = Bytes(module, {}, math.inf)
     rewritten.rewrite()
     found = {}
     for node in module.graph.nodes:

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from quickspike.neuron import Neuron, Timed
 from quickspike.operators import FUNCTION_NAMES, MAX_POOLS, Affine
+from quickspike.processor import largest_pair
 from quickspike.quantisation import LARGEST_COUNT, PADS, SUM_POOLS
 
 WEIGHT = 127
@@ -147,10 +148,12 @@ class Bytes:
     Args:
         module: the graph.
         reasons: why layers stay in floating point, by name, where that is known already.
+        pair: largest sum of two products of bytes; by default what this processor adds without saturating.
     """
 
-    def __init__(self, module: fx.GraphModule, reasons: Mapping[str, str]) -> None:
+    def __init__(self, module: fx.GraphModule, reasons: Mapping[str, str], pair: float | None = None) -> None:
         self.module, self.reasons = module, reasons
+        self.pair = largest_pair() if pair is None else pair
         self.most: dict[fx.Node, int | None] = {}
         self.floats: dict[fx.Node, fx.Node] = {}
 
@@ -187,7 +190,13 @@ class Bytes:
             return "reads real numbers"
         if not _whole(layer.weight):
             return "its weights are no whole numbers of 8 bits"
+        if not self._adds_exactly(layer, cast(int, self.most[node.all_input_nodes[0]])):
+            return "sums of its bytes could saturate on this processor, which has no VNNI"
         return f"{type(layer).__name__} has no form in whole numbers here"
+
+    def _adds_exactly(self, layer: Any, most: int) -> bool:
+        """True if no sum of two products saturates where numbers up to `most` come in."""
+        return 2 * most * float(layer.weight.detach().abs().max()) <= self.pair
 
     def _layer(self, node: fx.Node) -> Any:
         return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -232,6 +241,8 @@ class Bytes:
 
     def _from_layer(self, node: fx.Node, layer: Any, most: int) -> int | None:
         dimensions = node.meta["tensor_meta"].shape
+        if type(layer) in (*CONVOLUTIONS, nn.Linear) and not self._adds_exactly(layer, most):
+            return None
         if type(layer) in CONVOLUTIONS and _whole(layer.weight):
             self._replace(node, ByteConv(layer))
             return None
