@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import quickspike as qs
+from cli_results import Result
 from quickspike.augmentation import Augmentation
 from quickspike.cli import main
 from quickspike.console import TrainingWatcher, show
@@ -67,31 +68,6 @@ source = "arXiv 0000.00000"
 evidence = "paper"
 network = "digits net"
 """
-
-
-class Result:
-    """Exit status and output of one call."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    # Help and tables fold at the width of the terminal; a wide one keeps every phrase in one line.
-    monkeypatch.setenv("COLUMNS", "400")
-    monkeypatch.setenv("TERM", "dumb")
-
-    def call(*arguments: Any) -> Result:
-        code: Any = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as leaving:
-            code = leaving.code
-        captured = capsys.readouterr()
-        return Result(0 if code is None else code, captured.out, captured.err)
-
-    return call
 
 
 def failed(result: Result, *parts: str, code: int = 2) -> None:

@@ -6,7 +6,7 @@ import itertools
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -176,6 +176,15 @@ def test_the_networks_of_the_papers_are_written(name: str) -> None:
 # What is lost
 
 
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    snn, _ = spiking("chain")
+    with torch.no_grad():
+        cast(Any, snn.network.get_submodule("fc1")).weight[3, 4] = torch.nan
+    with pytest.raises(ConversionError, match="fc1: weights hold NaN or infinite values"):
+        export_nir(snn, tmp_path / "a.nir")
+    assert not list(tmp_path.iterdir())
+
+
 def test_losses_are_those_of_network_and_reader() -> None:
     snn, _ = spiking("chain", "potential_init")
 
@@ -227,7 +236,7 @@ def test_names_that_do_not_exist() -> None:
     with pytest.raises(OptionError, match="made for the fused engine"):
         to_nir(qs.accelerate(snn, "fused"))
     with pytest.raises(OptionError, match="initial must be one of 'left out', 'bias', got 'left-out'"):
-        to_nir(snn, initial="left-out")  # type: ignore[arg-type]
+        to_nir(snn, initial=cast(Any, "left-out"))
 
 
 def test_potentials_of_single_neurons_are_no_bias() -> None:

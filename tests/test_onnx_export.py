@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -260,7 +260,7 @@ def test_damaged_and_foreign_files_are_refused(written: tuple[SpikingNetwork, Pa
 def test_what_cannot_be_exported_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     snn, path = perceptron(), tmp_path / "a.onnx"
     with pytest.raises(OptionError, match="unrolled, step, got 'loop'"):
-        to_onnx(snn, path, "loop")  # type: ignore[arg-type]
+        to_onnx(snn, path, cast(Any, "loop"))
     with pytest.raises(OptionError, match="export the one that it was made from"):
         to_onnx(qs.accelerate(snn, "fused"), path)
     with pytest.raises(OptionError, match=re.escape("call snn.float()")):

@@ -19,13 +19,13 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from quickspike.conversion import SpikingNetwork
 from quickspike.errors import ConversionError, OptionError
 from quickspike.neuron import AccumulatedMaxPool, Neuron, Repeat
 from quickspike.operators import FUNCTION_NAMES, MAX_POOLS, Affine
 from quickspike.quantisation import PADS, SUM_POOLS, per_input, quantise
+from quickspike.regrading import Regrading
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, Affine)
 """Layers that take units in."""
@@ -58,7 +58,8 @@ class _Unit:
         root = self.root
         if root.given is not None:
             return root.given()
-        return root.wanted[0] if root.wanted else torch.ones(root.channels)
+        # Double, as a share of it may be wanted that single precision does not hold.
+        return root.wanted[0] if root.wanted else _ones(root.channels)
 
     def want(self, value: Tensor) -> None:
         self.root.wanted.append(value)
@@ -112,53 +113,15 @@ def _whole(snn: SpikingNetwork, bits: int) -> SpikingNetwork:
     return quantised.network
 
 
-class _Folder:
-    """First every node is read in order, then what was decided is written (`later`)."""
+class _Folder(Regrading):
+    """Reads nodes and chooses their units; weights take them in once all are final."""
 
     def __init__(self, snn: SpikingNetwork) -> None:
-        self.module = snn.network
-        self.like = next(snn.parameters())
-        with torch.no_grad():
-            ShapeProp(self.module).propagate(torch.zeros(1, *snn.input_shape).to(self.like))
+        super().__init__(snn)
         self.units: dict[fx.Node, _Unit | None] = {}
-        self.later: list[Callable[[], None]] = []
 
-    @torch.no_grad()
-    def run(self) -> None:
-        nodes = list(self.module.graph.nodes)
-        self._separate(nodes)
-        for node in nodes:
-            self.units[node] = self._unit(node)
-        for write in self.later:
-            write()
-        self.module.delete_all_unused_submodules()
-        self.module.graph.lint()
-        self.module.recompile()
-
-    def _separate(self, nodes: list[fx.Node]) -> None:
-        """Give every call of a layer with weights its own copy: the units of their inputs differ."""
-        # A weight that the graph also reads by name stays as it is there.
-        seen = {str(node.target).rpartition(".")[0] for node in nodes if node.op == "get_attr"}
-        for node in nodes:
-            target = str(node.target)
-            if node.op == "call_module" and target in seen and isinstance(self._layer(node), WEIGHTED):
-                node.target = self._add(f"{target}_{node.name}".replace(".", "_"), copy.deepcopy(self._layer(node)))
-            seen.add(target)
-
-    def _layer(self, node: fx.Node) -> Any:
-        return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-    def _shape(self, node: fx.Node) -> tuple[int, ...]:
-        """Of one sample and step."""
-        return tuple(node.meta["tensor_meta"].shape[1:])
-
-    def _add(self, base: str, layer: nn.Module) -> str:
-        number, name = 1, base
-        while hasattr(self.module, name):
-            number += 1
-            name = f"{base}_{number}"
-        self.module.add_submodule(name, layer.to(self.like))
-        return name
+    def read(self, node: fx.Node) -> None:
+        self.units[node] = self._unit(node)
 
     # What a node gives
 
@@ -360,7 +323,7 @@ class _Folder:
         """Let `node` read what 1 means 1 in."""
         unit = self.units[parent]
         if unit is not None and unit.free:
-            unit.want(torch.ones(unit.channels))
+            unit.want(_ones(unit.channels))
         if unit is not None:
             self._scaled(node, parent, lambda: torch.ones(unit.channels))
 
@@ -380,6 +343,10 @@ class _Folder:
             node.replace_input_with(parent, between)
 
         self.later.append(write)
+
+
+def _ones(channels: int) -> Tensor:
+    return torch.ones(channels, dtype=torch.float64)
 
 
 def _refolded(layer: Any, into: Tensor | None, out: Tensor) -> Tensor:

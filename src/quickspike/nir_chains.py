@@ -9,7 +9,7 @@ them beside its own input.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -212,9 +212,9 @@ def _on_the_way(graph: _Graph, shortcut: _Shortcut, channels: int) -> tuple[Arra
 
 def _at_middle(node: Any, matrix: Array) -> Array:
     """`matrix` `[C_out, C_in]` as a kernel like the node's, zero but in the place itself."""
-    middle = _middle(node)
+    row, column = cast(tuple[int, int], _middle(node))  # `_fits` has seen to it
     kernel = np.zeros((*matrix.shape, *node.weight.shape[2:]), np.float32)
-    kernel[:, :, middle[0], middle[1]] = matrix  # type: ignore[index]
+    kernel[:, :, row, column] = matrix
     return kernel
 
 

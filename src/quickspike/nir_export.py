@@ -279,6 +279,9 @@ class _Writer:
                 self._let_in(name, self.snn.neuron(site).initial.detach() / self.snn.steps)
         if not self.reader.adds:
             chained(self.nodes, self.edges, self.reader, self.snn.steps)
+        for name, node in self.nodes.items():
+            if any(np.issubdtype(np.asarray(value).dtype, np.floating) and not np.isfinite(value).all() for value in vars(node).values()):
+                raise ConversionError(f"{name}: weights hold NaN or infinite values; look for where the training went wrong")
         names = self._numbered()
         graph = self.nir.NIRGraph(
             nodes={names[name]: node for name, node in self.nodes.items()}, edges=[(names[a], names[b]) for a, b in sorted(self.edges)]

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -300,11 +300,12 @@ def _filled(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
         layer.weight.copy_(weight)
         if bias is not None:
             layer.bias.copy_(bias)
-    return layer.eval()  # type: ignore[no-any-return]
+    return cast(nn.Module, layer.eval())
 
 
 def _pool(divisor: int | None) -> Callable[[Any], nn.Module]:
-    return lambda node: nn.AvgPool2d(pair(node.kernel_size), pair(node.stride), pair(node.padding), divisor_override=divisor)  # type: ignore[arg-type]
+    kind: Any = nn.AvgPool2d
+    return lambda node: cast(nn.Module, kind(pair(node.kernel_size), pair(node.stride), pair(node.padding), divisor_override=divisor))
 
 
 def _flatten(node: Any) -> nn.Module:

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from quickspike.conversion import SpikingNetwork
 from quickspike.errors import OptionError
 from quickspike.neuron import AccumulatedMaxPool, Neuron, Timed
 from quickspike.operators import FUNCTION_NAMES, MAX_POOLS, Affine
+from quickspike.regrading import Regrading
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 SUM_POOLS = (nn.AvgPool2d, nn.AvgPool3d)
@@ -114,62 +113,26 @@ def quantise(snn: SpikingNetwork, bits: int = 8) -> Quantised:
         raise OptionError(f"spikes that are bytes have no sign, but {signed[0]} takes spikes back; convert with signed=False")
     network = copy.deepcopy(snn)
     quantiser = _Quantiser(network, 2 ** (bits - 1) - 1)
-    kept = quantiser.run()
+    quantiser.run()
     network.provenance["weight_bits"] = bits
-    return Quantised(network, tuple(kept), tuple(quantiser.sites))
+    return Quantised(network, tuple(quantiser.kept), tuple(quantiser.sites))
 
 
-class _Quantiser:
-    """First every node is read in order and its grids are chosen (`run`), then what was decided is written (`later`)."""
+class _Quantiser(Regrading):
+    """Reads nodes and chooses their grids; weights and thresholds are rounded once all grids are final."""
 
     def __init__(self, snn: SpikingNetwork, top: int) -> None:
-        self.module, self.top = snn.network, top
-        self.like = next(snn.parameters())
-        with torch.no_grad():
-            ShapeProp(self.module).propagate(torch.zeros(1, *snn.input_shape).to(self.like))
+        super().__init__(snn)
+        self.top = top
         self.signals: dict[fx.Node, _Signal | None] = {}
         self.timed = set[fx.Node]()
-        self.later: list[Any] = []
         self.kept: list[str] = []
         self.sites: list[str] = []
 
-    @torch.no_grad()
-    def run(self) -> list[str]:
-        nodes = list(self.module.graph.nodes)
-        self._separate(nodes)
-        for node in nodes:
-            if isinstance(self._layer(node), Timed) or self.timed & set(node.all_input_nodes):
-                self.timed.add(node)
-            self.signals[node] = self._signal(node)
-        for write in self.later:
-            write()
-        self.module.delete_all_unused_submodules()
-        self.module.graph.lint()
-        self.module.recompile()
-        return self.kept
-
-    def _separate(self, nodes: Sequence[fx.Node]) -> None:
-        """Give every call of a layer its own copy: the units of their inputs differ."""
-        seen: set[str] = set()
-        for node in nodes:
-            if node.op == "call_module" and str(node.target) in seen and not isinstance(self._layer(node), Neuron):
-                node.target = self._add(f"{node.target}_{node.name}".replace(".", "_"), copy.deepcopy(self._layer(node)))
-            seen.add(str(node.target))
-
-    def _layer(self, node: fx.Node) -> Any:
-        return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-    def _shape(self, node: fx.Node) -> tuple[int, ...]:
-        """Of one sample and step."""
-        return tuple(node.meta["tensor_meta"].shape[1:])
-
-    def _add(self, base: str, layer: nn.Module) -> str:
-        number, name = 1, base
-        while hasattr(self.module, name):
-            number += 1
-            name = f"{base}_{number}"
-        self.module.add_submodule(name, layer.to(self.like))
-        return name
+    def read(self, node: fx.Node) -> None:
+        if isinstance(self._layer(node), Timed) or self.timed & set(node.all_input_nodes):
+            self.timed.add(node)
+        self.signals[node] = self._signal(node)
 
     # What a node gives
 
