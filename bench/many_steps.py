@@ -6,10 +6,12 @@
 A mode is streaming, signed (neurons take spikes back) or synchronous (layers wait for whole windows), with the factor on
 every ceiling behind it. Ceilings depend on T, the activations that they are drawn from do not: the images are gone through
 once. Each T has a conversion of its own, but those above --share take the one for that many steps and run longer, all in
-one simulation. Synchronous networks run on the engine `count`, whose time does not depend on T; it has 8-bit weights.
+one simulation. Weights have 8 bits: synchronous networks run on the engine `count`, whose time does not depend on T, streaming
+ones on `integer`. Spikes that are taken back are no bytes, so that `signed` stays in floating point, as all do with --float.
 
 With --held-out every N-th calibration image calibrates nothing, and the agreement with the source network on these is
-shown instead: this is how the factors are chosen, without a look at the test images.
+shown instead: this is how the factors are chosen, without a look at the test images. With --refine each T has a conversion
+of its own, with the ceilings for at most --share steps, refined for that T.
 
 FOLDER gets a report MODE-T.json each; what is there already is not done again. `recipes/table.py FOLDER` makes the table.
 """
@@ -30,10 +32,13 @@ from torch import Tensor, nn
 import quickspike as qs
 from quickspike.api import finish, fit
 from quickspike.data import BATCH, DataSet, ImageStream
+from quickspike.engines import Engine
 from quickspike.method import Method, create
 from quickspike.provenance import commit
+from quickspike.refinement import Refinement, refinements_of
 
-MODES = ("streaming", "signed", "synchronous")
+ENGINES: dict[str, Engine] = {"streaming": "integer", "signed": "fused", "synchronous": "count"}
+MODES = tuple(ENGINES)
 
 
 def mode_of(text: str) -> tuple[str, float]:
@@ -44,8 +49,9 @@ def mode_of(text: str) -> tuple[str, float]:
     return mode, float(scale or 1)
 
 
-def method_of(mode: str, scale: float, steps: int) -> Method:
-    return create("threshold_balancing", steps=steps, scale=scale, signed=mode == "signed", synchronous=mode == "synchronous")
+def method_of(mode: str, scale: float, steps: int, fitted: int = 0, refinements: tuple[Refinement, ...] = ()) -> Method:
+    kinds = {"signed": mode == "signed", "synchronous": mode == "synchronous"}
+    return create("threshold_balancing", steps=steps, scale=scale, fit_steps=fitted, refinements=refinements, **kinds)
 
 
 def groups_of(mode: str, steps: Sequence[int], share: int | None) -> list[tuple[int, tuple[int, ...]]]:
@@ -69,12 +75,10 @@ def calibrated(model: nn.Module, data: DataSet, images: int, every: int | None) 
     return ann, stream, everything[held_out]
 
 
-def agreement(snn: qs.SpikingNetwork, images: Tensor, classes: Tensor, steps: Sequence[int], float_windows: bool) -> dict[int, float]:
+def agreement(snn: qs.SpikingNetwork, images: Tensor, classes: Tensor, steps: Sequence[int], engine: Engine) -> dict[int, float]:
     """Share of images, in percent, on which the network chooses these classes, after each number of steps."""
-    count = snn.synchronous and not float_windows
     labelled = zip(torch.split(images, BATCH), torch.split(classes, BATCH), strict=True)
-    report = qs.evaluate(snn, list(labelled), None, steps, device="cpu", engine="count" if count else "fused")
-    return report.accuracy
+    return qs.evaluate(snn, list(labelled), None, steps, device="cpu", engine=engine).accuracy
 
 
 def main() -> None:
@@ -84,16 +88,25 @@ def main() -> None:
     parser.add_argument("--calibration-images", type=int, default=1000)
     parser.add_argument("--share", type=int, help="conversions for more steps are the one for so many, run longer [default: none is]")
     parser.add_argument("--held-out", type=int, metavar="N", help="agreement on every N-th calibration image instead")
-    parser.add_argument("--float-windows", action="store_true", help="synchronous networks step by step, in floating point")
+    parser.add_argument(
+        "--refine", nargs="+", default=[], metavar="NAME", help="refinements of the converted networks, see quickspike methods"
+    )
+    parser.add_argument("--float", action="store_true", help="everything in floating point")
     parser.add_argument("--images", type=int, help="first N test (or held-out) images [default: all]")
     options, model, data = network_and_data(parser, reports=True)
     folder: Path | None = options.out
     if folder is None and not options.held_out:
         raise SystemExit("--out must name a folder for the reports, unless images are held out")
-    todo = [(mode, scale, *group) for mode, scale in options.modes for group in groups_of(mode, sorted(options.steps), options.share)]
+    refinements = refinements_of(options.refine)
+    todo = [
+        (mode, scale, *group)
+        for mode, scale in options.modes
+        for group in groups_of(mode, sorted(options.steps), None if refinements else options.share)
+    ]
+    named = "_refined" if refinements else ""
     if folder is not None and not options.held_out:
         folder.mkdir(parents=True, exist_ok=True)
-        todo = [one for one in todo if not all((folder / f"{one[0]}-{step}.json").exists() for step in one[3])]
+        todo = [one for one in todo if not all((folder / f"{one[0]}{named}-{step}.json").exists() for step in one[3])]
     if not todo:
         return
     ann, stream, held_out = calibrated(model, data, options.calibration_images, options.held_out)
@@ -102,21 +115,25 @@ def main() -> None:
         classes = torch.cat([model(part).argmax(1) for part in torch.split(held_out, BATCH)]) if len(held_out) else torch.empty(0)
     for mode, scale, fitted, steps in todo:
         started = time.perf_counter()
-        snn = finish(ann, stream, method_of(mode, scale, fitted))
+        ceilings = min(fitted, options.share or fitted) if refinements else 0
+        snn = finish(ann, stream, method_of(mode, scale, fitted, ceilings, refinements))
         converted = time.perf_counter() - started
+        engine = "fused" if options.float else ENGINES[mode]
         if options.held_out:
-            found = agreement(snn, held_out, classes, steps, options.float_windows)
+            found = agreement(snn, held_out, classes, steps, engine)
         else:
             # The first report also holds the accuracy of the source network.
             reference = model if (mode, scale, fitted, steps) == todo[0] else None
-            engine = "fused" if not snn.synchronous or options.float_windows else "count"
             report = qs.evaluate(snn, data.loader("test", limit=options.images), reference, steps, device="cpu", engine=engine)
             found = report.accuracy
             made = {"convert_seconds": round(converted, 1), "commit": commit(), "model": options.model, "fitted_for": fitted}
             for step in steps:
-                (folder / f"{mode}-{step}.json").write_text(json.dumps(report.to_json() | made, indent=1) + "\n")
+                (folder / f"{mode}{named}-{step}.json").write_text(json.dumps(report.to_json() | made, indent=1) + "\n")
         shown = "  ".join(f"T = {step}: {value:.2f}" for step, value in found.items())
-        print(f"{mode}, ceilings for {fitted} steps x {scale:g}: {shown}  ({time.perf_counter() - started:.0f} s)", flush=True)
+        print(
+            f"{mode}{named}, ceilings for {ceilings or fitted} steps x {scale:g}: {shown}  ({time.perf_counter() - started:.0f} s)",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

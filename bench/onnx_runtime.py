@@ -3,7 +3,8 @@
     python bench/onnx_runtime.py MODEL WEIGHTS DATA --mean M... --std S... [--steps 4] [--images N] [--batch 32] [--out FILE]
 
 The network is converted once, with threshold_balancing unless --method says otherwise, on the first 1,000 training images, and
-written unrolled over T: in float32, beside our fused engine, and in whole numbers (QDQ), beside our integer engine. Logits
+written unrolled over T: in float32, beside our fused engine, and in whole numbers (QDQ), beside our integer engine, once with
+the image as it is and once with the image in whole numbers, too, where no sum depends on the order of its terms. Logits
 are compared on all test images: the largest difference, alone and in units of the largest logit, and how many answers agree.
 A spike on the boundary that one rounding moves changes logits by more than rounding itself does: `beyond 1e-4` counts
 such images. Times are those of one batch, by turns, with as many threads for each, in units of the fused engine.
@@ -27,6 +28,8 @@ from quickspike.onnx_export import to_onnx
 from quickspike.quantisation import quantise
 
 CLOSE = 1e-4
+IMAGE_BITS = 10
+FORMS = {"fused": "float32", "integer": "integers", "integer, whole image": f"integers, the image in {IMAGE_BITS} bits"}
 
 
 def main() -> None:
@@ -40,15 +43,16 @@ def main() -> None:
     options, model, data = network_and_data(parser)
     calibration = data.loader("train", limit=options.calibration_images)
     snn = qs.convert(model, calibration, options.method, steps=options.steps)
-    engines = {"fused": qs.accelerate(snn, "fused"), "integer": qs.accelerate(snn, "integer")}
+    whole = {"integer": quantise(snn).network, "integer, whole image": quantise(snn, image_bits=IMAGE_BITS).network}
+    engines = {"fused": qs.accelerate(snn, "fused"), **{name: qs.accelerate(one, "integer") for name, one in whole.items()}}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        files = {"fused": Path(folder) / "float32.onnx", "integer": Path(folder) / "integers.onnx"}
-        to_onnx(snn, files["fused"])
-        to_onnx(quantise(snn).network, files["integer"], integers=True)
+        files = {name: Path(folder) / f"{number}.onnx" for number, name in enumerate(engines)}
+        for name, path in files.items():
+            to_onnx(whole.get(name, snn), path, integers=name in whole)
         sessions = {name: session(path) for name, path in files.items()}
         rows = [
-            {"form": form, "bytes": files[name].stat().st_size, **compared(engines[name], sessions[name], data, options.images)}
-            for name, form in (("fused", "float32"), ("integer", "integers"))
+            {"form": FORMS[name], "bytes": path.stat().st_size, **compared(engines[name], sessions[name], data, options.images)}
+            for name, path in files.items()
         ]
         images = next(iter(data.loader("test", batch_size=options.batch, limit=options.batch)))[0]
         runs = {name: lambda engine=engine: engine(images) for name, engine in engines.items()}

@@ -28,7 +28,7 @@ QUESTIONS = {
     "images": (8, 32, 64),
     "calibration": (64, 256, 1024),
 }
-BUDGET = "1GiB"
+BUDGET = "2GiB"
 LONG = 256
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import math
 import multiprocessing
@@ -36,25 +38,36 @@ KERNEL_CACHES = ("NUMBA_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR
 """Variables that say where compiled kernels are kept from one process to the next."""
 
 
+BRIEF = 0.5
+"""Seconds: for calls that take longer it does not count what the caches held before."""
+
+
 def interleaved(timed: Mapping[str, Callable[[], object]], repetitions: int, at_most: float = math.inf) -> dict[str, Times]:
     """Median, least and largest time of each in units of the first one's median, and how many times it was run.
 
     Once `at_most` seconds are over, there are no more repetitions than the fewest that have a median, which is 3.
 
     All take turns, so that a slower minute of the machine hits them alike. A first call of each is not counted (see
-    `first_calls`). Freed memory is kept for all of them alike, since one of ours would do it for whatever comes after it.
+    `first_calls`), and neither is the first call of a turn if it takes less than `BRIEF`: it finds what another program left
+    in the caches, which a program that runs by itself never does. Freed memory is kept for all of them alike, since one of
+    ours would do it for whatever comes after it.
     """
     keep_freed_memory()
     times = {name: list[float]() for name in timed}
+    brief = dict.fromkeys(timed, True)
     started_at = time.perf_counter()
     for repetition in range(repetitions + 1):
         if repetition > FEWEST and time.perf_counter() - started_at > at_most:
             break
         for name, run in timed.items():
+            if repetition and brief[name]:
+                run()
             started = time.perf_counter()
             run()
+            taken = time.perf_counter() - started
+            brief[name] = taken < BRIEF
             if repetition:
-                times[name].append(time.perf_counter() - started)
+                times[name].append(taken)
     base = statistics.median(times[next(iter(timed))])
     return {
         name: {
@@ -72,21 +85,22 @@ class Cost:
     """What a call took in a process of its own."""
 
     grown: int
-    """Bytes by which the largest memory of the process grew."""
+    """Bytes that the process had more at most, during the call, than before it."""
     first: float
     """Seconds of the first call."""
     later: float
     """Seconds of the quickest of some further calls."""
 
 
-def in_own_process(prepare: Callable[..., Callable[[], object]], *arguments: Any, later: int = 0) -> Cost:
+def in_own_process(prepare: Callable[..., Callable[[], object]], *arguments: Any, earlier: int = 0, later: int = 0) -> Cost:
     """What the call that `prepare(*arguments)` gives back takes in a fresh process: the first one, and `later` more.
 
-    `prepare` builds networks and images; memory that it took is not counted, unless it took more.
+    `prepare` builds networks and images, whose memory is not counted. With `earlier` calls before it the one that is
+    measured loads no libraries, compiles nothing and makes no state of an optimiser.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(sender, later, prepare, arguments))
+    process = context.Process(target=_measure, args=(sender, earlier, later, prepare, arguments))
     process.start()
     sender.close()
     try:
@@ -98,9 +112,11 @@ def in_own_process(prepare: Callable[..., Callable[[], object]], *arguments: Any
     return cost
 
 
-def _measure(sender: Any, later: int, prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]) -> None:
+def _measure(sender: Any, earlier: int, later: int, prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]) -> None:
     run = prepare(*arguments)
-    before = largest_memory()
+    for _ in range(earlier):
+        run()
+    before = memory_from_here()
     first = seconds_of(run)
     grown = largest_memory() - before
     sender.send(Cost(grown, first, min((seconds_of(run) for _ in range(later)), default=first)))
@@ -131,14 +147,30 @@ def first_calls(prepare: Callable[..., Callable[[], object]], *arguments: Any) -
     return {"cold": round(cold.first, 3), "warm": round(warm.first, 3), "later": round(warm.later, 3)}
 
 
+def memory_from_here() -> int:
+    """Bytes that this process has now; `largest_memory` counts anew from here where the system can do that.
+
+    What was freed goes back to the system first: taken again it would not show.
+    """
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return largest_memory()
+    return _status("VmRSS") or largest_memory()
+
+
 def largest_memory() -> int:
-    """Bytes of the largest resident memory of this process so far."""
+    """Bytes of the largest resident memory of this process so far, or since `memory_from_here`."""
+    # On Linux getrusage begins with what the parent had. Kilobytes, but bytes on macOS.
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _status(entry: str) -> int | None:
     status = Path("/proc/self/status")
-    found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.M) if status.exists() else None
-    if found is not None:
-        return int(found[1]) * 1024
-    # On Linux a process begins with what its parent had when it was made. Kilobytes, but bytes on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    found = re.search(rf"^{entry}:\s*(\d+) kB$", status.read_text(), re.M) if status.exists() else None
+    return None if found is None else int(found[1]) * 1024
 
 
 def add_out(parser: argparse.ArgumentParser) -> None:

@@ -2,8 +2,8 @@
 
     python bench/tuning_step.py [--model fast_cnn] [--steps 1 2 4] [--batch 128] [--precision bf16|fp32] [--out FILE.json]
 
-Time is the median of interleaved repetitions. Memory is told twice: *peak*, by how much the largest resident memory of a
-process of its own grows during a step, and *kept*, the bytes that autograd keeps for the backward pass (parameters not
+Time is the median of interleaved repetitions. Memory is told twice: *peak*, by how much the resident memory of a process of
+its own grows at most during its second step, and *kept*, the bytes that autograd keeps for the backward pass (parameters not
 counted). Training steps of other simulators, each with its own surrogate gradient, are measured too where they are installed
 (pip install 'quickspike[bench]'; see peers.py).
 """
@@ -110,7 +110,7 @@ def main() -> None:
         settings = (options.model, steps, options.batch, options.precision)
         found, missing = trained(*settings)
         for name in found.keys() - peak.keys():
-            peak[name] = in_own_process(one_step, name, *settings).grown
+            peak[name] = in_own_process(one_step, name, *settings, earlier=1).grown
         all_of_them = {**found, **all_of_them}
     kept = {name: kept_bytes(one.forward, list(one.network.parameters())) for name, one in all_of_them.items()}
     times = interleaved({name: all_of_them[name].step for name in (SOURCE, *(all_of_them.keys() - {SOURCE}))}, options.repetitions)

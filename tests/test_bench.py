@@ -150,8 +150,10 @@ def test_onnxruntime_is_held_against_us(toy: list[str], tmp_path: Path, monkeypa
     settings = ("--calibration-images", 20, "--images", 10, "--batch", 4, "--repetitions", 1, "--out", out)
     run_main(script("onnx_runtime"), monkeypatch, *toy, *settings)
     rows = {row["form"]: row for row in json.loads(out.read_text())["rows"]}
-    assert set(rows) == {"float32", "integers"}
+    assert set(rows) == {"float32", "integers", "integers, the image in 10 bits"}
     assert all(row["images"] == 10 and row["same answers"] >= 9 for row in rows.values())
+    assert rows["integers, the image in 10 bits"]["same answers"] == 10
+    assert rows["integers, the image in 10 bits"]["beyond 1e-4"] == 0
 
 
 def test_bytes_kept_for_the_backward_pass() -> None:

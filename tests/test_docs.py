@@ -29,6 +29,7 @@ from quickspike.models import load_model
 from quickspike.operators import FUNCTIONS, LAYERS
 from quickspike.preprocessing import PREPROCESSING
 from quickspike.recipe import plan, read_recipe
+from quickspike.refinement import REFINEMENTS
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 def test_the_python_in_the_readme_runs(digits_source, digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(code) == 3
+    assert len(code) == 4
     loader = digits.loader("test")
     images = next(iter(loader))[0]
     names = {"model": digits_source, "images": images, "calibration": digits.loader("train", limit=200)}
@@ -60,7 +61,7 @@ def test_the_python_in_the_readme_runs(digits_source, digits, tmp_path, monkeypa
 
 def test_the_readme_names_every_method_and_command():
     text = (ROOT / "README.md").read_text()
-    for name in all_methods():
+    for name in (*all_methods(), *REFINEMENTS.all()):
         assert f"`{name}`" in text
     for command in ("make demo", "make test", "quickspike convert", "quickspike evaluate", "quickspike inspect", "quickspike methods"):
         assert command in text
@@ -85,7 +86,7 @@ def test_the_page_on_adding_a_method_adds_one(digits_source, digits, tmp_path, m
     page = (ROOT / "docs" / "adding-a-method.md").read_text()
     assert len(page.splitlines()) <= 60
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    monkeypatch.setattr(method, "_REGISTRY", dict(method._REGISTRY))
+    monkeypatch.setattr(method.METHODS, "_classes", method.all_methods())
     (tmp_path / "added.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)

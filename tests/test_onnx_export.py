@@ -192,6 +192,18 @@ def test_whole_numbers_are_exact(tmp_path: Path, size: int, in_bytes: list[str])
     assert {stored[f"{layer}.weight"] for layer in in_bytes} == {onnx.TensorProto.INT8}
 
 
+def test_a_whole_image_gives_the_same_numbers_in_every_program(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, images = Summed(8).eval(), torch.randn(64, 2, 8, 8)
+    snn = qs.quantise(qs.convert(model, images, steps=4), image_bits=10).network
+    to_onnx(snn, tmp_path / "a.onnx", integers=True)
+    expected = snn(images)
+    # The last units are real numbers, whose mean over the steps rounds.
+    torch.testing.assert_close(whole(tmp_path / "a.onnx", images)[0], expected, rtol=1e-6, atol=1e-6)
+    # Rounding the image is not optimised away.
+    assert not torch.equal(qs.quantise(qs.convert(model, images, steps=4)).network(images), expected)
+
+
 # Files
 
 

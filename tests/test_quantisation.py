@@ -45,6 +45,46 @@ def test_sums_are_exact_so_that_precision_changes_no_spike(**drawn: object) -> N
         assert {site: counts.tolist() for site, counts in single.spikes.items()} == {s: c.tolist() for s, c in double.spikes.items()}
 
 
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(**NETWORKS)
+def test_with_a_whole_image_the_first_layer_is_exact_too(**drawn: object) -> None:
+    snn, images = draw(**drawn)
+    # Of full precision, but rounded to steps of 4/512 already: in double precision nothing would round them.
+    images = ((images + torch.randn(images.shape, generator=torch.Generator().manual_seed(0)) / 3) * 128).round() / 128
+    quantised = quantise(snn, image_bits=10)
+    kept = kept_layers(quantised.kept)
+    assert "stem" not in kept
+    network = quantised.network
+    single, double = simulate(network, images), simulate(copy.deepcopy(network).double(), images.double())
+    if not kept and not drawn["leaky"]:
+        assert {site: counts.tolist() for site, counts in single.spikes.items()} == {s: c.tolist() for s, c in double.spikes.items()}
+
+
+@pytest.mark.parametrize("bits", [2, 8, 12])
+def test_the_image_is_rounded_to_its_steps(bits: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 4)
+    snn = qs.convert(nn.Sequential(layer, nn.ReLU(), nn.Linear(4, 2)).eval(), torch.randn(64, 3), steps=4)
+    network = quantise(snn, image_bits=bits).network
+    seen: list[Tensor] = []
+    network.network.get_submodule("0").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    images = torch.randn(50, 3).clamp(-4, 4)
+    network(images)
+    step = 4 / 2 ** (bits - 1)
+    assert torch.equal(seen[0], (images / step).round())
+    # The layer's weights take the step in.
+    unit = network.network.get_submodule("0").weight.abs().amax(1)
+    assert bool((unit == 127).all())
+
+
+@pytest.mark.parametrize("image_bits", [0, 1, 13, 8.0, True, "8"])
+def test_image_bits_out_of_range(image_bits: object) -> None:
+    torch.manual_seed(0)
+    snn = qs.convert(Two().eval(), torch.randn(8, 3), steps=2)
+    with pytest.raises(OptionError, match="image_bits"):
+        quantise(snn, image_bits=image_bits)  # type: ignore[arg-type]
+
+
 class Two(nn.Module):
     """One layer on the image, one on spikes."""
 

@@ -702,7 +702,7 @@ def test_results_of_another_recipe_are_not_taken_for_this_ones(fabric: Any, tmp_
 def test_options_that_came_later_change_no_digest_where_they_are_off(write: Callable[[str], Path]) -> None:
     """Results, checkpoints and shared source networks made before they came are taken up as they are."""
     recipe = read_recipe(write(TEXT))
-    later = r", (every_step=False|weights=None|default_threshold=0\.0)"
+    later = r", (every_step=False|weights=None|default_threshold=0\.0|refinements=\(\))"
     assert recipe_module._spelled(recipe) == re.sub(later, "", repr(recipe))
     diet = dataclasses.replace(recipe, method=qs.methods.DietSNN())
     assert "default_threshold" not in recipe_module._spelled(diet)

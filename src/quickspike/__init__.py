@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from quickspike.version import __version__
 
 if TYPE_CHECKING:
-    from quickspike import methods
+    from quickspike import methods, refinements
     from quickspike.anatomy import Anatomy, SiteAnatomy, anatomy_of
     from quickspike.api import convert
     from quickspike.checkpoint import load
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from quickspike.pooling import replace_max_pool
     from quickspike.program_export import load_program, to_program
     from quickspike.quantisation import quantise
+    from quickspike.refinement import Refinement
     from quickspike.searching import Candidate, Found, Trial, search
     from quickspike.simulation import Run, simulate
 
@@ -61,6 +62,7 @@ _HOMES = {
     "OneInput": "inputs",
     "Method": "method",
     "register": "method",
+    "Refinement": "refinement",
     "Surrogate": "neuron",
     "export_nir": "nir_export",
     "load_nir": "nir_import",
@@ -90,6 +92,7 @@ __all__ = [
     "OneInput",
     "Operations",
     "QuickspikeError",
+    "Refinement",
     "Report",
     "Run",
     "SiteAnatomy",
@@ -113,6 +116,7 @@ __all__ = [
     "methods",
     "push_to_hub",
     "quantise",
+    "refinements",
     "register",
     "register_device",
     "replace_max_pool",
@@ -126,8 +130,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "methods":
-        return importlib.import_module("quickspike.methods")
+    if name in ("methods", "refinements"):
+        return importlib.import_module(f"quickspike.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'quickspike' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"quickspike.{_HOMES[name]}"), name)

@@ -139,6 +139,7 @@ def finish(ann: Traced, images: ImageStream, method: Method, surrogate: Surrogat
     logger.info("%s: %d sites, %s, %d images", ann.name, len(ann.sites), method, images.samples)
     snn = to_spiking(ann, method, provenance, surrogate).eval()
     method.adjust(snn, images)
+    method.refine(snn, ann, images)
     return snn.eval()
 
 

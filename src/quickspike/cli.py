@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,6 +23,7 @@ from quickspike.cli_options import (
     Device,
     Json,
     ModelName,
+    Refine,
     SiteArguments,
     SiteChoices,
     Weights,
@@ -36,6 +37,7 @@ from quickspike.version import __version__
 
 if TYPE_CHECKING:
     from quickspike.method import Method
+    from quickspike.refinement import Refinement
 
 DEFAULT_METHOD = "threshold_balancing"
 
@@ -64,20 +66,27 @@ def methods(
     name: Annotated[str | None, tyro.conf.Positional, Help(metavar="[NAME]", help="show all options of this method")] = None,
     json: Json = False,
 ) -> None:
-    """List the conversion methods, or the options of one."""
-    from quickspike.method import all_methods, get
+    """List the conversion methods and the refinements that can follow them, or the options of one."""
+    from quickspike.errors import UnknownNameError
+    from quickspike.method import all_methods
+    from quickspike.refinement import REFINEMENTS
     from quickspike.report import method_table, option_table, summary
 
-    chosen = all_methods() if name is None else {name: get(name)}
+    converting, refining = all_methods(), REFINEMENTS.all()
+    both: dict[str, type[Method] | type[Refinement]] = {**converting, **refining}
+    if name is not None and name not in both:
+        raise UnknownNameError("method", name, both)
+    chosen = both if name is None else {name: both[name]}
     if json:
         print_json([_method_json(cls, summary(cls)) for cls in chosen.values()])
     elif name is None:
-        show(method_table(chosen))
+        show(method_table(converting, "conversion methods"))
+        show(method_table(refining, "refinements of a converted network, without training: --refine NAME"))
     else:
         show(option_table(chosen[name]))
 
 
-def _method_json(cls: type[Method], summary: str) -> dict[str, Any]:
+def _method_json(cls: type[Method] | type[Refinement], summary: str) -> dict[str, Any]:
     from quickspike.options import options_of
 
     options = {
@@ -130,6 +139,7 @@ class ConvertOptions:
     method: Annotated[
         str, Help(metavar="NAME", help="conversion method, see `quickspike methods`; the options shown are this method's")
     ] = DEFAULT_METHOD
+    refine: Refine = ()
     weights: Weights = None
     calibration_images: Annotated[
         int | None,
@@ -165,10 +175,12 @@ def _convert(model: str, data: DataOptions, settings: ConvertOptions, choices: S
     from quickspike.errors import DataError
     from quickspike.evaluation import make_fabric
     from quickspike.files import check_writable
-    from quickspike.method import create, get
+    from quickspike.method import create, get, label
     from quickspike.models import load_model
+    from quickspike.refinement import refinements_of
 
-    chosen = create(settings.method, **options, sites=choices.sites(get(settings.method)))
+    refined = refinements_of(settings.refine)
+    chosen = create(settings.method, **options, sites=choices.sites(get(settings.method)), refinements=refined)
     check_writable(settings.out)
     source = make_fabric(settings.device).to_device(load_model(model, settings.weights))
     data_set = data.load(model=model, weights=settings.weights)
@@ -187,7 +199,20 @@ def _convert(model: str, data: DataOptions, settings: ConvertOptions, choices: S
     if settings.json:
         print_json({"out": str(settings.out), "coverage": ann.coverage.to_json(), "method": snn.method, "provenance": snn.provenance})
     else:
-        show(f"{ann.coverage}\n{settings.method}, T = {snn.steps}, calibrated on {stream.samples} images: {settings.out}")
+        show(f"{ann.coverage}\n{label(snn.method)}, T = {snn.steps}, calibrated on {stream.samples} images: {settings.out}")
+
+
+class _Unlabelled:
+    """Batches without their labels, as often as they are wanted."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (images for images, _ in self.loader)
 
 
 def evaluate(
@@ -199,6 +224,13 @@ def evaluate(
     ] = None,
     reference: Annotated[str | None, Help(metavar="MODEL", help="the source network, to compare with")] = None,
     weights: Weights = None,
+    values: Annotated[
+        bool,
+        Help(
+            help="the network chooses no class (regression, segmentation, features): leave labels out, and show how far what it gives is "
+            "from what --reference gives"
+        ),
+    ] = False,
     images: Annotated[int | None, Help(metavar="N", help="first N test images [unit: images; range: >= 1; default: all]")] = None,
     out: Annotated[Path | None, Help(metavar="FILE", help="also write the report as JSON")] = None,
     plot: Annotated[Path | None, Help(metavar="FILE", help="also draw accuracy against T, PNG")] = None,
@@ -273,6 +305,7 @@ def evaluate(
     from quickspike.evaluation import make_fabric
     from quickspike.files import check_writable, write_text
     from quickspike.memory import in_bytes
+    from quickspike.method import label
     from quickspike.models import load_model
     from quickspike.operations import count_operations
     from quickspike.page import Entry, first_sample, write_page
@@ -295,11 +328,19 @@ def evaluate(
         check_exit(snn)
     if weights is not None and reference is None:
         raise OptionError("--weights are those of the source network; name it with --reference")
+    if values and reference is None:
+        raise OptionError("--values compares with the source network; name it with --reference")
+    if values and (plot is not None or page is not None):
+        raise OptionError("--plot and --page show accuracy, which there is none of with --values; --out has the figures")
+    if values and exit:
+        raise OptionError("--exit stops a sample once its class is decided, and with --values there is none")
     source = None if reference is None else load_model(reference, weights)
     data_set = data.load(snn.provenance.get("preprocessing", snn.provenance.get("statistics")))
     fabric = make_fabric(device, precision, devices)
     fabric.launch()
     loader: Any = data_set.loader("test", limit=images)
+    if values:
+        loader = _Unlabelled(loader)
     if fabric.is_global_zero:
         loader = Tracked(loader, "evaluating")
     chosen: Any = {"bits": bits, "engine_precision": engine_precision}
@@ -333,11 +374,11 @@ def evaluate(
     if out is not None:
         write_text(out, dump(found))
     if plot is not None:
-        plot_accuracy({str(snn.method.get("name")): report}, plot, saved)
+        plot_accuracy({label(snn.method): report}, plot, saved)
     _share(snn, report, priced, data_set.name, share, push)
     if page is not None:
         sample = first_sample(longest, data_set)
-        entry = Entry(str(snn.method.get("name")), report, longest, report.anatomy, operations, priced, sample)
+        entry = Entry(label(snn.method), report, longest, report.anatomy, operations, priced, sample)
         commands = [commands_of(snn, network.name), typed()]
         write_page(page, f"{Path(network).name} on {data_set.name}", [entry], "\n".join(commands))
     if json:

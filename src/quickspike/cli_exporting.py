@@ -69,6 +69,14 @@ def export(
         Help(metavar="FORM", help="--to onnx: all steps at once, or one step with potentials as inputs and outputs"),
     ] = "unrolled",
     integers: Annotated[bool, Help(help="--to onnx: 8-bit weights between QuantizeLinear and DequantizeLinear")] = False,
+    image_bits: Annotated[
+        int | None,
+        Help(
+            metavar="N",
+            help="with --bits or --integers: the image in whole numbers of N bits, too; every program then gives the same answers, "
+            "however it orders its sums [unit: bits; range: 2 to 12; 10 keeps 8-bit pixels apart]",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write a spiking network for other programs: NIR, ONNX, torch.export, or a folder with a model card."""
@@ -80,6 +88,8 @@ def export(
         raise OptionError("--strict refuses what --allow-lossy writes; give one of them")
     if (allow_lossy or program) and not options.data:
         raise OptionError("what is lost is measured on images; name --data")
+    if image_bits is not None and (to == "nir" or not (integers or bits is not None)):
+        raise OptionError("--image-bits goes with --bits or --integers, and not with --to nir")
     snn = load(network)
     path = out or network.with_name(network.stem + SUFFIXES[to])
     if to != "folder":
@@ -87,7 +97,7 @@ def export(
     if to == "nir":
         found = _nir(snn if bits is None else snn.fold(bits), path, reader, initial, strict, options, images, program, json)
     else:
-        found = _other(to, snn, path, form, integers, bits)
+        found = _other(to, snn, path, form, integers, bits, image_bits)
     if json:
         print_json({"file": str(path), **found})
     else:
@@ -136,11 +146,13 @@ def _nir(
     }
 
 
-def _other(to: Kind, snn: SpikingNetwork, path: Path, form: Any, integers: bool, bits: int | None) -> dict[str, Any]:
+def _other(
+    to: Kind, snn: SpikingNetwork, path: Path, form: Any, integers: bool, bits: int | None, image_bits: int | None
+) -> dict[str, Any]:
     from quickspike.quantisation import quantise
 
     if bits is not None or integers:
-        snn = quantise(snn, 8 if bits is None else bits).network
+        snn = quantise(snn, 8 if bits is None else bits, image_bits).network
     if to == "onnx":
         from quickspike.onnx_export import to_onnx
 

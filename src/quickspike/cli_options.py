@@ -24,6 +24,10 @@ ModelName = Annotated[
     tyro.conf.Positional,
     Help(metavar="MODEL", help="a registered name (fast_cnn or fast_cnn,classes=100), torchvision:NAME, timm:NAME, or FILE.py:FACTORY"),
 ]
+Refine = Annotated[
+    tuple[str, ...],
+    Help(metavar="NAME[:OPTION=VALUE,...]", help="refinements of the converted network, in order, see `quickspike methods`"),
+]
 Weights = Annotated[
     Path | None,
     Help(
@@ -167,27 +171,23 @@ class SiteChoices(Choices):
 
 
 def candidate_of(text: str) -> Candidate:
-    """A candidate of a search from METHOD or METHOD:OPTION=VALUE,OPTION=VALUE.
+    """A candidate of a search from METHOD or METHOD:OPTION=VALUE,OPTION=VALUE, with refinements behind bars.
 
     Raises:
-        UnknownNameError: no such method.
-        OptionError: it is written otherwise, the method has no such option, or its value is of another kind.
+        UnknownNameError: no such method or refinement.
+        OptionError: it is written otherwise, there is no such option, or its value is of another kind.
     """
     from quickspike.errors import OptionError
     from quickspike.method import get
-    from quickspike.options import parsed
+    from quickspike.options import named
+    from quickspike.refinement import refinements_of
     from quickspike.searching import Candidate
 
-    name, colon, rest = text.partition(":")
-    method, options = get(name), dict[str, Any]()
-    for part in rest.split(",") if colon else ():
-        match = re.fullmatch(r"(\w+)=(.*)", part.strip())
-        if match is None:
-            raise OptionError(f"--candidate takes METHOD:OPTION=VALUE,OPTION=VALUE, got {text!r}")
-        if match[1] == "steps":
-            raise OptionError(f"--candidate {text}: steps is what is searched for; bound it with --most-steps")
-        options[match[1]] = parsed(method, match[1], match[2])
-    return Candidate(name, options)
+    first, *others = text.split("|")
+    method, options = named(first, get)
+    if "steps" in options:
+        raise OptionError(f"--candidate {text}: steps is what is searched for; bound it with --most-steps")
+    return Candidate(method.name, {**options, **({"refinements": refinements_of(others)} if others else {})})
 
 
 SiteArguments = Annotated[SiteChoices, tyro.conf.OmitArgPrefixes]

@@ -14,6 +14,7 @@ from quickspike.cli_options import (
     DataOptions,
     Json,
     ModelName,
+    Refine,
     Weights,
     commands_of,
     method_options,
@@ -121,6 +122,7 @@ class Source:
     method: Annotated[
         str | None, Help(metavar="NAME", help="train with this method's activations and convert; without it: plain training of the network")
     ] = None
+    refine: Refine = ()
     weights: Weights = None
     calibration_images: Annotated[
         int, Help(metavar="N", help="first N training images, without labels, that a method is calibrated on [unit: images; range: >= 1]")
@@ -185,8 +187,11 @@ def _train(
     from quickspike.files import check_writable
     from quickspike.method import create
     from quickspike.models import load_model, save_weights
+    from quickspike.refinement import refinements_of
 
-    chosen = None if source.method is None else create(source.method, **options)
+    if source.method is None and source.refine:
+        raise OptionError("--refine needs a --method to follow")
+    chosen = None if source.method is None else create(source.method, **options, refinements=refinements_of(source.refine))
     # What a registered network holds without weights is random: no answers to learn.
     if settings.distill and teacher.teacher is None and (chosen is None or (source.weights is None and ".py:" not in model)):
         raise OptionError("--distill needs a trained network to learn from: with --method the --weights of MODEL, or else --teacher")

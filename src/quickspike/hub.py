@@ -23,7 +23,9 @@ from quickspike.energy import DEVICES, Energy
 from quickspike.errors import CheckpointError, DataError, OptionError, QuickspikeError, UnknownNameError
 from quickspike.evaluation import Report
 from quickspike.files import OutputError, write_text
-from quickspike.method import Paper, get
+from quickspike.method import get, label
+from quickspike.paper import Paper
+from quickspike.refinement import REFINEMENTS
 from quickspike.version import __version__
 
 if TYPE_CHECKING:
@@ -301,7 +303,7 @@ def _write(folder: Path, snn: SpikingNetwork, report: Report | None, card: str) 
     if report is not None and report.accuracy:
         from quickspike.report import plot_accuracy
 
-        plot_accuracy({str(snn.method.get("name")): report}, folder / PICTURE)
+        plot_accuracy({label(snn.method): report}, folder / PICTURE)
     write_text(folder / CARD, card)
 
 
@@ -477,13 +479,13 @@ def _method_name(snn: SpikingNetwork) -> str:
 
 def _usual_name(snn: SpikingNetwork) -> str:
     source = snn.provenance.get("model") or snn.provenance.get("source") or "spiking network"
-    return f"{source}, {_method_name(snn)}, T = {snn.steps}"
+    return f"{source}, {label(snn.method)}, T = {snn.steps}"
 
 
 def _lead(snn: SpikingNetwork, report: Report | None) -> str:
     source = snn.provenance.get("model") or snn.provenance.get("source")
     made = f", converted from {_code(source)}" if source else ""
-    text = f"A spiking network{made} with the method {_code(_method_name(snn))} of quickspike. It answers after T = {snn.steps} time steps."
+    text = f"A spiking network{made} with the method {_code(label(snn.method))} of quickspike. It answers after T = {snn.steps} time steps."
     if report is None or snn.steps not in report.accuracy:
         return text
     text += f" Accuracy after these: {report.accuracy[snn.steps]:.2f} % of {report.samples} images"
@@ -579,6 +581,8 @@ def _origin(snn: SpikingNetwork) -> str:
 
     parts = ["## How it was made", f"Method {_code(_method_name(snn))} with these options:"]
     parts.append(_settings(snn.method.get("options") or {}))
+    for one in snn.method.get("refinements", ()):
+        parts += [f"Refined by {_code(one['name'])} with these options:", _settings(one["options"])]
     facts = {key: value for key, value in snn.provenance.items() if key not in ("made", "preprocessing")}
     if facts:
         parts += ["From these, with these versions:", _settings(facts)]
@@ -608,11 +612,12 @@ def _limits(snn: SpikingNetwork) -> str:
 
 def _citation(snn: SpikingNetwork) -> str:
     try:
-        paper = get(_method_name(snn)).paper
+        papers = [get(_method_name(snn)).paper, *(REFINEMENTS.get(one["name"]).paper for one in snn.method.get("refinements", ()))]
     except UnknownNameError:
         return f"## Citation\n\nThe method {_code(_method_name(snn))} is none that comes with quickspike; its paper is not known here."
-    link = f"[arXiv {paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})"
-    return f"## Citation\n\nThe method is that of {_inline(paper.authors)} ({paper.year}), {link}.\n\n{_block(_bibtex(paper), 'bibtex')}"
+    of = [f"{_inline(paper.authors)} ({paper.year}), [arXiv {paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})" for paper in papers]
+    entries = _block("\n\n".join(map(_bibtex, papers)), "bibtex")
+    return f"## Citation\n\nThe method is that of {', refined as in '.join(of)}.\n\n{entries}"
 
 
 def _bibtex(paper: Paper) -> str:

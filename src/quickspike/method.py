@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import importlib
-import pkgutil
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from importlib import metadata
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import nn
 
 from quickspike.activations import CeilingProbe
-from quickspike.errors import ConversionError, OptionError, UnknownNameError
+from quickspike.errors import OptionError
 from quickspike.neuron import MAX_STEPS, Surrogate
-from quickspike.options import option, options_of, validate
+from quickspike.options import option, validate
+from quickspike.paper import Paper as Paper
+from quickspike.refinement import Refinement
+from quickspike.registry import Registry
 from quickspike.tuning import Tuning, end_to_end
 
 if TYPE_CHECKING:
@@ -25,19 +25,6 @@ if TYPE_CHECKING:
     from quickspike.graph import Site, Traced
     from quickspike.neuron import NeuronParameters
     from quickspike.training import Train
-
-
-@dataclasses.dataclass(frozen=True)
-class Paper:
-    """Where a method was published."""
-
-    authors: str
-    title: str
-    year: int
-    arxiv: str
-
-    def __str__(self) -> str:
-        return f"{self.authors} ({self.year}), {self.title}, arXiv {self.arxiv}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +39,7 @@ class Method(abc.ABC):
     paper: ClassVar[Paper]
     per_site: ClassVar[tuple[str, ...]] = ("synchronous", "signed")
     """Options that may differ from site to site; a method adds those that only `activation` and `neuron` look at."""
-    later: ClassVar[tuple[str, ...]] = ()
+    later: ClassVar[tuple[str, ...]] = ("refinements",)
     """Options that came after results were made without them: at their defaults nothing tells of them (digests of recipes)."""
 
     steps: int = option(8, "time steps the spiking network runs for", unit="steps", low=1, high=MAX_STEPS)
@@ -68,9 +55,15 @@ class Method(abc.ABC):
     )
     sites: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
     """Options at some sites only, by a pattern of their names: {"layer1.*": {"initial": 0.0}}; the last that fits wins."""
+    refinements: tuple[Refinement, ...] = ()
+    """What follows the conversion, in order; `method | refinement` adds one."""
 
     def __post_init__(self) -> None:
         validate(self)
+        for place, one in enumerate(self.refinements):
+            if not isinstance(one, Refinement):
+                raise OptionError(f"{self.name}: refinements must be such as quickspike.refinements holds, got {one!r}")
+            one.check(dataclasses.replace(self, refinements=self.refinements[:place]))
         if self.signed and self.pools_spikes:
             raise OptionError(
                 f"{self.name} takes the maximum of the spikes of single steps, which spikes of -1 would spoil; leave signed out"
@@ -87,6 +80,16 @@ class Method(abc.ABC):
                     )
             self._with(options)
 
+    def __or__(self, other: Refinement) -> Method:
+        """This method followed by a refinement.
+
+        Raises:
+            OptionError: it cannot follow this method.
+        """
+        if not isinstance(other, Refinement):
+            return NotImplemented
+        return dataclasses.replace(self, refinements=(*self.refinements, other))
+
     def at(self, site: Site) -> Method:
         """The method as it is at one site."""
         return self._with(
@@ -94,7 +97,7 @@ class Method(abc.ABC):
         )
 
     def _with(self, options: Mapping[str, Any]) -> Method:
-        return dataclasses.replace(self, sites={}, **options)
+        return dataclasses.replace(self, sites={}, refinements=(), **options)
 
     def check_sites(self, sites: Sequence[Site]) -> None:
         """Raise OptionError if a pattern of `sites` fits none of these."""
@@ -159,34 +162,45 @@ class Method(abc.ABC):
         """The stages that `tune` trains, see `stages`."""
         return {"tune": {}}
 
+    def refine(self, snn: SpikingNetwork, ann: Traced, images: ImageStream) -> None:
+        """Let every refinement change the converted network, in place."""
+        for one in self.refinements:
+            one.refine(snn, ann, images)
+
     def to_json(self) -> dict[str, Any]:
-        """Name and options as plain data; `from_json` gives the same method back."""
-        options = dataclasses.asdict(self)
+        """Name, options and refinements as plain data; `from_json` gives the same method back."""
+        options = dataclasses.asdict(dataclasses.replace(self, refinements=()))
+        del options["refinements"]
         if not self.sites:
             del options["sites"]
-        return {"name": self.name, "options": options}
+        refined = {"refinements": [one.to_json() for one in self.refinements]} if self.refinements else {}
+        return {"name": self.name, "options": options, **refined}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Method:
         """Inverse of `to_json`.
 
         Raises:
-            UnknownNameError: no method of that name is registered.
+            UnknownNameError: no method, or no refinement, of that name is registered.
             OptionError: an option does not exist or is out of range.
         """
-        return create(data["name"], **data["options"])
+        refined = tuple(Refinement.from_json(one) for one in data.get("refinements", ()))
+        return create(data["name"], **data["options"], refinements=refined)
 
 
-_REGISTRY: dict[str, type[Method]] = {}
+def label(method: Mapping[str, Any]) -> str:
+    """What a method as plain data is called where several are shown: its name and the refinements behind it."""
+    refined = [str(Refinement.from_json(one)) for one in method.get("refinements", ())]
+    return " | ".join([str(method.get("name")), *refined])
+
+
+METHODS: Registry[Method] = Registry("method", "quickspike.methods", beside=("sites", "refinements"))
 M = TypeVar("M", bound=type[Method])
 
 
 def register(cls: M) -> M:
     """Class decorator: make a method known by its `name` everywhere (Python, command line, docs, contract tests)."""
-    other = _REGISTRY.get(cls.name)
-    if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise ConversionError(f"the method name {cls.name!r} is taken by {other.__module__}.{other.__qualname__}")
-    _REGISTRY[cls.name] = cls
+    METHODS.register(cls)
     return cls
 
 
@@ -195,12 +209,7 @@ def all_methods() -> dict[str, type[Method]]:
 
     Another distribution adds one through the entry point group `quickspike.methods`.
     """
-    package = importlib.import_module("quickspike.methods")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-    for entry in metadata.entry_points(group="quickspike.methods"):
-        register(entry.load())
-    return dict(sorted(_REGISTRY.items()))
+    return METHODS.all()
 
 
 def get(name: str) -> type[Method]:
@@ -209,10 +218,7 @@ def get(name: str) -> type[Method]:
     Raises:
         UnknownNameError: there is none; the message offers the nearest name.
     """
-    methods = all_methods()
-    if name not in methods:
-        raise UnknownNameError("method", name, methods)
-    return methods[name]
+    return METHODS.get(name)
 
 
 def create(name: str, **options: Any) -> Method:
@@ -222,9 +228,4 @@ def create(name: str, **options: Any) -> Method:
         UnknownNameError: no such method.
         OptionError: no such option, or its value is out of range.
     """
-    cls = get(name)
-    known = options_of(cls)
-    for key in options.keys() - {"sites"}:
-        if key not in known:
-            raise OptionError(str(UnknownNameError(f"option of {name}", key, known)))
-    return cls(**options)
+    return METHODS.create(name, **options)

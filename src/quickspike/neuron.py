@@ -344,7 +344,7 @@ class Neuron(Timed):
         # The final potential is of no use here, and the compiled loops do not give it.
         x, constant = self._currents(x, self.steps)
         theta, leak = self.bounded()
-        initial, amplitude = self.initial * theta, self._height(theta)
+        initial, amplitude = self.initial * theta, self.height(theta)
         rule = _Rule(self.steps, constant, self.strict, self.surrogate, self.to_zero)
         # The compiled loops know reset by subtraction only.
         parameters = (initial, theta, leak, amplitude)
@@ -358,19 +358,31 @@ class Neuron(Timed):
         return self._given(self._dropped(out, None, self.steps)[0])
 
     def _counted(self, x: Tensor) -> Tensor:
+        return self._spikes_under(x, 1 if self.constant_input else self.steps, torch.uint8)
+
+    def mean_output(self, current: Tensor) -> Tensor:
+        """The mean output over T steps, `[B, ...]`, under a current `[B, ...]` that is the same at every step.
+
+        Under such a current no spike is taken back.
+        """
+        theta, _ = self.bounded()
+        return self._spikes_under(current, 1, torch.int32).to(current.dtype) * (self.height(theta) / self.steps)
+
+    def _spikes_under(self, x: Tensor, divisor: int, kind: torch.dtype) -> Tensor:
+        """Spikes in T steps under the constant current x/divisor."""
         theta, leak = self.bounded()
-        v, divisor = self.initial * theta, 1 if self.constant_input else self.steps
+        v = self.initial * theta
         rule = _Rule(self.steps, True, self.strict, self.surrogate, self.to_zero)
         if self.compiled and not self.to_zero and kernels.applies(x, (v, theta, leak), self.steps, self.surrogate.shape):
-            return kernels.count(x, v, theta, leak, rule, divisor, torch.uint8)
+            return kernels.count(x, v, theta, leak, rule, divisor, kind)
         out, _ = _Scan.apply(x / divisor, v, theta, leak, torch.ones_like(theta), rule)
-        return unfold(out, self.steps).ne(0).sum(0).to(torch.uint8)
+        return unfold(out, self.steps).ne(0).sum(0).to(kind)
 
     def scan(self, x: Tensor, state: Any, steps: int) -> tuple[Tensor, Any]:
         x, constant = self._currents(x, steps)
         theta, leak = self.bounded()
         v, mask, left = state or (None, None, None)
-        initial, amplitude = self.initial * theta, self._height(theta)
+        initial, amplitude = self.initial * theta, self.height(theta)
         rule = _Rule(steps, constant, self.strict, self.surrogate, self.to_zero)
         learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, theta, leak, amplitude))
         compiled = self.compiled and not learning and not self.to_zero
@@ -401,7 +413,7 @@ class Neuron(Timed):
         self._check_whole(steps)
         return (x if self.constant_input else unfold(x, steps).mean(0)), True
 
-    def _height(self, theta: Tensor) -> Tensor:
+    def height(self, theta: Tensor) -> Tensor:
         """Height of a spike."""
         amplitude = self.amplitude * theta if self.scaled else self.amplitude
         if self.surrogate.unscaled and self.scaled:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from quickspike.errors import OptionError
 
 _KEY = "quickspike.option"
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +101,22 @@ def parsed(owner: Any, name: str, text: str) -> Any:
     except (KeyError, ValueError):
         expected = f"one of {', '.join(choices)}" if choices else "a whole number" if kind is int else "a number"
         raise OptionError(f"{getattr(owner, 'name', owner)}: {name} must be {expected}, got {text!r}") from None
+
+
+def named(text: str, get: Callable[[str], T]) -> tuple[T, dict[str, Any]]:
+    """(what `get` finds by the name, its options) from NAME or NAME:OPTION=VALUE,OPTION=VALUE.
+
+    Raises:
+        OptionError: it is written otherwise, there is no such option, or its value is of another kind.
+    """
+    name, colon, rest = (part.strip() for part in text.partition(":"))
+    owner, options = get(name), dict[str, Any]()
+    for part in rest.split(",") if colon else ():
+        match = re.fullmatch(r"(\w+)=(.*)", part.strip())
+        if match is None:
+            raise OptionError(f"expected NAME:OPTION=VALUE,OPTION=VALUE, got {text!r}")
+        options[match[1]] = parsed(owner, match[1], match[2])
+    return owner, options
 
 
 def _broken_rule(value: Any, kind: Any, declared: Option) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from quickspike.conversion import SpikingNetwork
 from quickspike.errors import OptionError
-from quickspike.neuron import AccumulatedMaxPool, Neuron, Timed
+from quickspike.neuron import AccumulatedMaxPool, Neuron, Repeat, Timed
 from quickspike.operators import FUNCTION_NAMES, MAX_POOLS, Affine
 from quickspike.regrading import Regrading
 
@@ -34,6 +35,8 @@ LARGEST_COUNT = 255
 FINEST = 2**20
 """Largest whole number that a bias, a threshold or a height may become: a channel whose weights are tiny or 0 would
 otherwise have a grid so fine that nothing fits."""
+LARGEST_VALUE = 4.0
+"""Of an image whose values become whole numbers; larger ones are rounded as well, but their sums may be inexact."""
 CLIPS = tuple(share / 20 for share in range(10, 21))
 """Shares of a channel's largest weight at which its grid may end."""
 
@@ -91,39 +94,47 @@ class _Signal:
         return self.grid.unit if self.grid is not None else cast(Tensor, self.known)
 
 
-def quantise(snn: SpikingNetwork, bits: int = 8) -> Quantised:
+def quantise(snn: SpikingNetwork, bits: int = 8, image_bits: int | None = None) -> Quantised:
     """A copy of `snn` whose layers have whole-number weights of `bits` bits wherever they read spikes.
 
-    The layer that reads the image stays as it is, since its input is no train of spikes, and so does what has no
-    counterpart in whole numbers. Where spikes of different heights are added, their sum is a number up to 63.
+    The layer that reads the image stays as it is, since its input is no train of spikes, unless the image is rounded to whole
+    numbers too (`image_bits`); so does what has no counterpart in whole numbers. Where spikes of different heights are added,
+    their sum is a number up to 63.
 
     Args:
         snn: not modified.
         bits: of a weight with its sign, 2 to 8.
+        image_bits: of a value of the image with its sign, 2 to 12: steps such that -4 to 4, which normalised pictures lie
+            in, has all of them. Every sum is whole then, and the answer the same in any program, however it orders its sums.
+            None: the image as it is.
 
     Raises:
-        OptionError: bits is out of range, the network is in half precision, where sums are not exact, or spikes have signs.
+        OptionError: bits or image_bits is out of range, the network is in half precision, where sums are not exact, or spikes have signs.
     """
     if next(snn.parameters()).dtype in (torch.float16, torch.bfloat16):
         raise OptionError("whole numbers need single precision to be exact; call quantise(snn.float())")
     if type(bits) is not int or not 2 <= bits <= 8:
         raise OptionError(f"bits must be a whole number in [2, 8], got {bits!r}")
+    if image_bits is not None and (type(image_bits) is not int or not 2 <= image_bits <= 12):
+        raise OptionError(f"image_bits must be a whole number in [2, 12], got {image_bits!r}")
     signed = [name for name, neuron in snn.neurons().items() if neuron.signed]
     if signed:
         raise OptionError(f"spikes that are bytes have no sign, but {signed[0]} takes spikes back; convert with signed=False")
     network = copy.deepcopy(snn)
-    quantiser = _Quantiser(network, 2 ** (bits - 1) - 1)
+    quantiser = _Quantiser(network, 2 ** (bits - 1) - 1, image_bits)
     quantiser.run()
     network.provenance["weight_bits"] = bits
+    if image_bits is not None:
+        network.provenance["image_bits"] = image_bits
     return Quantised(network, tuple(quantiser.kept), tuple(quantiser.sites))
 
 
 class _Quantiser(Regrading):
     """Reads nodes and chooses their grids; weights and thresholds are rounded once all grids are final."""
 
-    def __init__(self, snn: SpikingNetwork, top: int) -> None:
+    def __init__(self, snn: SpikingNetwork, top: int, image_bits: int | None) -> None:
         super().__init__(snn)
-        self.top = top
+        self.top, self.image_bits = top, image_bits
         self.signals: dict[fx.Node, _Signal | None] = {}
         self.timed = set[fx.Node]()
         self.kept: list[str] = []
@@ -133,6 +144,25 @@ class _Quantiser(Regrading):
         if isinstance(self._layer(node), Timed) or self.timed & set(node.all_input_nodes):
             self.timed.add(node)
         self.signals[node] = self._signal(node)
+        if node.op == "placeholder" and self.image_bits is not None:
+            self._round_image(node, self.image_bits)
+
+    def _round_image(self, image: fx.Node, bits: int) -> None:
+        """Let everything read the image in whole numbers."""
+        unit = LARGEST_VALUE / 2 ** (bits - 1)
+        # A sum with this number has no room for a fraction. Listed operators, which every other program has too.
+        large = 1.5 / torch.finfo(self.like.dtype).eps
+        users = list(image.users)
+        with self.module.graph.inserting_after(image):
+            scaled = self.module.graph.call_function(operator.mul, (image, 1 / unit))
+        with self.module.graph.inserting_after(scaled):
+            shifted = self.module.graph.call_function(operator.add, (scaled, large))
+        with self.module.graph.inserting_after(shifted):
+            whole = self.module.graph.call_function(operator.sub, (shifted, large))
+        for user in users:
+            user.replace_input_with(image, whole)
+        whole.meta = dict(image.meta)
+        self.signals[whole] = _Signal(torch.full((self._shape(image)[0],), unit).to(self.like), 2 ** (bits - 1))
 
     # What a node gives
 
@@ -166,7 +196,7 @@ class _Quantiser(Regrading):
             return self._sum_pool(node, layer.kernel_size, layer.stride, layer.padding, layer, x)
         if type(layer) in (nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d) and x.known is not None:
             return self._adaptive_pool(node, x)
-        if type(layer) in PADS:
+        if type(layer) in (*PADS, Repeat):
             return x
         if type(layer) is nn.Flatten and layer.start_dim == 1 and x.known is not None:
             return self._flattened(node, x)

@@ -31,6 +31,7 @@ from quickspike.models import is_pretrained, load_model, preprocessing_of, save_
 from quickspike.options import options_of
 from quickspike.preprocessing import PREPROCESSING, Preprocessing
 from quickspike.provenance import commit, digest, machine, versions
+from quickspike.refinement import refinements_of
 from quickspike.training import Silent, Trainer, Training, Watcher, start_anew
 from quickspike.tuning import Tuning
 
@@ -154,6 +155,7 @@ TABLES = (
 def _recipe(tables: Mapping[str, Any], text: str) -> Recipe:
     _only(tables, TABLES, "table")
     data, method, measure = dict(tables["data"]), dict(tables["method"]), dict(tables.get("evaluate", {}))
+    refined = method.pop("refinements", ())
     _only(data, ("name", "calibration", *PREPARED), "key of [data]")
     _only(measure, ("steps", "synchronous", "signed"), "key of [evaluate]")
     tuning = dict(tables["tune"]) if "tune" in tables else None
@@ -174,7 +176,7 @@ def _recipe(tables: Mapping[str, Any], text: str) -> Recipe:
         weights=weights,
         calibration=data.get("calibration", 1000),
         model=tables["model"],
-        method=create(method.pop("name"), **method),
+        method=create(method.pop("name"), **method, refinements=refinements_of(refined)),
         precision=tables.get("precision", "32-true"),
         steps=tuple(measure.get("steps", (1, 2, 4, 8))),
         synchronous=measure.get("synchronous", False),

@@ -18,10 +18,11 @@ from quickspike.early_exit import Saving
 from quickspike.energy import Energy
 from quickspike.evaluation import Report
 from quickspike.files import whole_file
-from quickspike.method import Method
+from quickspike.method import Method, label
 from quickspike.operations import Operations
 from quickspike.options import options_of
 from quickspike.recipe import STAGES
+from quickspike.refinement import Refinement
 from quickspike.searching import Found
 
 
@@ -40,7 +41,7 @@ def accuracy_table(reports: Mapping[str, Report]) -> Table:
 
 def report_tables(report: Report) -> RenderableType:
     """Accuracy, which engine ran, distance from the source network, and firing rate of every site."""
-    parts: list[RenderableType] = [accuracy_table({str(report.method.get("name")): report})] if report.accuracy else []
+    parts: list[RenderableType] = [accuracy_table({label(report.method): report})] if report.accuracy else []
     parts.append(Text(report.engine))
     if report.agreement:
         shares = ", ".join(f"T = {step}: {share:.2f} %" for step, share in report.agreement.items())
@@ -166,9 +167,9 @@ def coverage_tables(coverage: Coverage) -> RenderableType:
     return Group(table, Text(str(coverage)))
 
 
-def method_table(methods: Mapping[str, type[Method]]) -> Table:
-    """All methods with their papers."""
-    table = Table(title="conversion methods")
+def method_table(methods: Mapping[str, type[Method] | type[Refinement]], title: str) -> Table:
+    """All methods, or all refinements, with their papers."""
+    table = Table(title=title)
     for heading in ("name", "what it does", "paper"):
         table.add_column(heading, overflow="fold")
     for name, cls in methods.items():
@@ -176,7 +177,7 @@ def method_table(methods: Mapping[str, type[Method]]) -> Table:
     return table
 
 
-def option_table(cls: type[Method]) -> RenderableType:
+def option_table(cls: type[Method] | type[Refinement]) -> RenderableType:
     """All options of one method: default, unit, range, meaning."""
     table = Table(title=f"options of {cls.name}")
     for heading in ("option", "default", "unit", "range or choices", "meaning"):
@@ -188,8 +189,8 @@ def option_table(cls: type[Method]) -> RenderableType:
     return Group(Text(str(cls.paper)), Text(""), Text(doc.strip()), Text(""), table)
 
 
-def summary(cls: type[Method]) -> str:
-    """First sentence of a method's docstring."""
+def summary(cls: type[Method] | type[Refinement]) -> str:
+    """First sentence of its docstring."""
     return (cls.__doc__ or "").strip().splitlines()[0]
 
 

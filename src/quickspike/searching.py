@@ -52,7 +52,9 @@ class Candidate:
 
     def __str__(self) -> str:
         tuned = [f"tuned for {self.epochs} epoch{'s' * (self.epochs > 1)}"] * (self.epochs > 0)
-        return " ".join([self.method, *(f"{name}={value}" for name, value in sorted(self.options.items())), *tuned])
+        options = {name: value for name, value in sorted(self.options.items()) if name != "refinements"}
+        refined = [f"| {one}" for one in self.options.get("refinements", ())]
+        return " ".join([self.method, *(f"{name}={value}" for name, value in options.items()), *refined, *tuned])
 
 
 @dataclass(frozen=True)

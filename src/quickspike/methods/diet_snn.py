@@ -55,7 +55,7 @@ class DietSNN(Method):
         2020,
         "2008.03658",
     )
-    later: ClassVar[tuple[str, ...]] = ("default_threshold",)
+    later: ClassVar[tuple[str, ...]] = (*Method.later, "default_threshold")
 
     steps: int = option(5, "time steps the spiking network runs for", unit="steps", low=1, high=65536)
     percentile: float = option(

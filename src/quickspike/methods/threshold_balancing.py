@@ -14,7 +14,7 @@ from torch import nn
 from quickspike.activations import CeilingProbe, Granularity, probe_at
 from quickspike.graph import Site
 from quickspike.method import Method, Paper, register
-from quickspike.neuron import NeuronParameters
+from quickspike.neuron import MAX_STEPS, NeuronParameters
 from quickspike.options import option
 
 
@@ -39,9 +39,10 @@ class ThresholdBalancing(Method):
         2025,
         "2409.03368",
     )
+    later: ClassVar[tuple[str, ...]] = (*Method.later, "fit_steps")
     per_site: ClassVar[tuple[str, ...]] = (
         *Method.per_site,
-        *("ceiling", "granularity", "percentile", "updates", "rate", "scale", "initial"),
+        *("ceiling", "granularity", "fit_steps", "percentile", "updates", "rate", "scale", "initial"),
     )
 
     ceiling: Literal["balanced", "squared_error", "percentile"] = option(
@@ -49,6 +50,9 @@ class ThresholdBalancing(Method):
         "how a ceiling follows from the activations: the paper's update, least squared error of the T-step staircase, or a percentile",
     )
     granularity: Granularity = option("channel", "one threshold per channel or per layer")
+    fit_steps: int = option(
+        0, "steps that ceilings are fitted for (ceiling=squared_error), where more are run; 0 for T", unit="steps", low=0, high=MAX_STEPS
+    )
     percentile: float = option(
         99.9, "share of activations below the ceiling (ceiling=percentile)", unit="%", low=0, high=100, low_open=True
     )
@@ -72,7 +76,7 @@ class ThresholdBalancing(Method):
         if self.ceiling == "balanced":
             ceiling = histogram.balanced_ceiling(self.updates, self.rate)
         elif self.ceiling == "squared_error":
-            ceiling = histogram.squared_error_ceiling(self.steps, self.initial)
+            ceiling = histogram.squared_error_ceiling(self.fit_steps or self.steps, self.initial)
         else:
             ceiling = histogram.percentile(self.percentile)
         return NeuronParameters(probe.finish(ceiling * self.scale), initial=self.initial)

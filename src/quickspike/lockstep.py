@@ -1,0 +1,119 @@
+"""A converted network beside its source network, layer by layer: where they differ, and what each difference leads to.
+
+Refinements correct a site as soon as it is reached, so that all layers behind it see the corrected spikes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from quickspike.conversion import SpikingNetwork
+from quickspike.graph import Traced
+from quickspike.neuron import AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, unfold
+from quickspike.structure import Outputs, each, places
+
+Visit = Callable[[str, "Firing", Tensor, Tensor], Tensor]
+"""(site, its neurons, their currents, what the source network gives there) to the currents that they shall get."""
+Reduce = Callable[[Tensor], Tensor]
+"""What is kept of the source network's values `[B, ...]` at a site."""
+
+
+class Lockstep:
+    """Both networks, for any number of batches.
+
+    Args:
+        snn: the converted network.
+        ann: what it was made from.
+        reduce: keeps of every site's values in the source network what `visit` needs; all of them would fill the memory.
+        visit: is called at every site.
+    """
+
+    def __init__(self, snn: SpikingNetwork, ann: Traced, reduce: Reduce, visit: Visit) -> None:
+        self.snn, self.ann, self.reduce, self.visit = snn, ann, reduce, visit
+        # Where every layer waits for a mean, that mean is all that counts of T steps.
+        self.windows = all(neuron.averaged or neuron.constant_input for neuron in snn.neurons().values())
+
+    def run(self, images: Tensor) -> tuple[Outputs, Outputs]:
+        """(what the source network gives, the spiking network's readout after T steps), both `[B, K]`."""
+        with torch.no_grad():
+            recorder = _Recorder(self.ann, self.reduce)
+            wanted = recorder.run(images)
+            outputs = _Visitor(self, recorder.found).run(images)
+        return wanted, outputs if self.windows else each(lambda out: unfold(out, self.snn.steps).mean(0), outputs)
+
+    def over(self, batches: Iterable[Tensor], size: int, images: int) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """The same by place, see `structure.places`, for up to so many images, `size` of them at a time."""
+        parameter = next(self.snn.network.parameters())
+        left = images
+        for batch in batches:
+            for part in torch.split(batch[:left], size):
+                wanted, given = self.run(part.to(parameter))
+                yield places(wanted), places(given)
+            left -= len(batch)
+            if left <= 0:
+                return
+
+
+class Firing:
+    """The neurons at one site, fed with other currents than the network's.
+
+    Where all layers wait for whole windows, currents `[B, ...]` are means over the steps and so is what comes out;
+    elsewhere they are `[T*B, ...]`, or `[B, ...]` where they are the same at every step.
+    """
+
+    def __init__(self, neuron: Neuron, windows: bool) -> None:
+        self.neuron, self.windows = neuron, windows
+
+    def outputs(self, current: Tensor) -> Tensor:
+        """What goes to the next layer."""
+        return self.neuron.mean_output(current) if self.windows else self.neuron(current)
+
+    @property
+    def gain(self) -> Tensor:
+        """What a unit of current adds to the mean output of neurons that are neither silent nor saturated, `[C]` or `[]`."""
+        theta, _ = self.neuron.bounded()
+        gain = (self.neuron.height(theta) / theta).double()
+        return gain.flatten(1).mean(1) if gain.ndim > 1 else gain
+
+    def mean(self, outputs: Tensor) -> Tensor:
+        """The mean of these outputs over the steps, `[B, ...]`."""
+        return outputs if self.windows else unfold(outputs, self.neuron.steps).mean(0)
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, ann: Traced, reduce: Reduce) -> None:
+        super().__init__(ann.module)
+        self.sites, self.reduce = {site.name for site in ann.sites}, reduce
+        self.found: dict[str, Tensor] = {}
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        out = super().call_module(target, args, kwargs)
+        if target in self.sites:
+            self.found[target] = self.reduce(out)
+        return out
+
+
+class _Visitor(fx.Interpreter):
+    def __init__(self, lockstep: Lockstep, wanted: Mapping[str, Tensor]) -> None:
+        super().__init__(lockstep.snn.network)
+        self.lockstep, self.wanted = lockstep, wanted
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        layer: nn.Module = self.fetch_attr(target)
+        if isinstance(layer, Neuron):
+            firing = Firing(layer, self.lockstep.windows)
+            return firing.outputs(self.lockstep.visit(target, firing, args[0], self.wanted[target]))
+        if self.lockstep.windows and isinstance(layer, (Repeat, RunningMean, Increment)):
+            return args[0]
+        if self.lockstep.windows and isinstance(layer, AccumulatedMaxPool):
+            return layer.pool(args[0])
+        return super().call_module(target, args, kwargs)
+
+
+def channel_means(x: Tensor) -> Tensor:
+    """Mean over everything but the channels: `[B, C, ...]` to `[C]`, in double precision."""
+    return x.double().mean([0, *range(2, x.ndim)])

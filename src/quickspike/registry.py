@@ -1,0 +1,77 @@
+"""Classes by name: those in a folder of this package, where a new file is all it takes, and those that others install."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from importlib import metadata
+from typing import Any, Generic, TypeVar
+
+from quickspike.errors import ConversionError, OptionError, UnknownNameError
+from quickspike.options import options_of
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Dataclasses with a `name` and declared options.
+
+    Args:
+        kind: what they are, in messages.
+        package: where their files lie; another distribution adds one through the entry point group of the same name.
+        beside: fields that `create` takes besides the options.
+    """
+
+    def __init__(self, kind: str, package: str, beside: tuple[str, ...] = ()) -> None:
+        self.kind, self.package, self.beside = kind, package, beside
+        self._classes: dict[str, type[T]] = {}
+
+    def register(self, cls: type[T]) -> None:
+        """Make a class known by its name.
+
+        Raises:
+            ConversionError: another class has that name.
+        """
+        name = _name(cls)
+        other = self._classes.get(name)
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ConversionError(f"the {self.kind} name {name!r} is taken by {other.__module__}.{other.__qualname__}")
+        self._classes[name] = cls
+
+    def all(self) -> dict[str, type[T]]:
+        """Every class by name, sorted."""
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+        for entry in metadata.entry_points(group=self.package):
+            self.register(entry.load())
+        return dict(sorted(self._classes.items()))
+
+    def get(self, name: str) -> type[T]:
+        """The class called `name`.
+
+        Raises:
+            UnknownNameError: there is none; the message offers the nearest name.
+        """
+        classes = self.all()
+        if name not in classes:
+            raise UnknownNameError(self.kind, name, classes)
+        return classes[name]
+
+    def create(self, name: str, **options: Any) -> T:
+        """An object from its name and options.
+
+        Raises:
+            UnknownNameError: no such name.
+            OptionError: no such option, or its value is out of range.
+        """
+        cls = self.get(name)
+        known = options_of(cls)
+        for key in options.keys() - set(self.beside):
+            if key not in known:
+                raise OptionError(str(UnknownNameError(f"option of {name}", key, known)))
+        return cls(**options)
+
+
+def _name(cls: type) -> str:
+    return str(cls.name)  # type: ignore[attr-defined]

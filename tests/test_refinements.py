@@ -1,0 +1,267 @@
+"""What every registered refinement must do, and what each of them promises."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import quickspike as qs
+from quickspike.api import fit
+from quickspike.currents import add_current
+from quickspike.data import ImageStream
+from quickspike.errors import OptionError, UnknownNameError
+from quickspike.lockstep import Firing, Lockstep, channel_means
+from quickspike.method import Method, label
+from quickspike.neuron import Neuron, NeuronParameters, unfold
+from quickspike.options import options_of
+from quickspike.paper import Paper
+from quickspike.refinement import REFINEMENTS, Refinement, refinements_of
+from quickspike.simulation import simulate
+
+NAMES = sorted(REFINEMENTS.all())
+every_refinement = pytest.mark.parametrize("name", NAMES)
+both_kinds = pytest.mark.parametrize("synchronous", [False, True], ids=["streaming", "synchronous"])
+
+
+class Branches(nn.Module):
+    """A shared convolution, a shortcut, max-pooling and a product of two signals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 6, 3, padding=1)
+        self.shared = nn.Conv2d(6, 6, 3, padding=1)
+        self.pool = nn.MaxPool2d(2)
+        self.gate = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        x = (x + self.shared(x)).relu()
+        x = self.pool(self.shared(x).relu())
+        x = x * self.gate(x.mean((2, 3))).clamp(0, 1)[..., None, None]
+        x = (x + 0.5 * self.shared(x)).relu()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return Branches().eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(96, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def balanced(steps: int = 4, **options: object) -> Method:
+    return qs.methods.ThresholdBalancing(steps=steps, **options)
+
+
+def site_errors(network: nn.Module, snn: qs.SpikingNetwork, images: Tensor) -> dict[str, float]:
+    """Largest difference of a channel's mean from the source network's, by site."""
+    ann = fit(network, ImageStream(images), balanced())
+    errors: dict[str, float] = {}
+
+    def visit(name: str, firing: Firing, current: Tensor, wanted: Tensor) -> Tensor:
+        errors[name] = float((channel_means(firing.mean(firing.outputs(current))) - wanted).abs().max())
+        return current
+
+    Lockstep(snn, ann, channel_means, visit).run(images)
+    return errors
+
+
+# Every refinement
+
+
+def test_there_are_refinements() -> None:
+    assert {"bias_correction", "potential_correction"} <= set(NAMES)
+
+
+@every_refinement
+def test_it_tells_its_paper_and_comes_back_from_json(name: str) -> None:
+    one = REFINEMENTS.create(name)
+    assert isinstance(one.paper, Paper) and one.paper.arxiv
+    assert (type(one).__doc__ or "").strip()
+    assert Refinement.from_json(json.loads(json.dumps(one.to_json()))) == one
+    assert refinements_of([name]) == (one,)
+
+
+@every_refinement
+def test_it_follows_a_method_and_is_kept_with_the_network(name: str, network: nn.Module, images: Tensor, tmp_path) -> None:
+    method = balanced() | REFINEMENTS.create(name)
+    before = copy.deepcopy(network.state_dict())
+    snn = qs.convert(network, images, method)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert Method.from_json(json.loads(json.dumps(snn.method))) == method
+    assert label(snn.method) == f"threshold_balancing | {name}"
+    snn.save(tmp_path / "snn.safetensors")
+    again = qs.load(tmp_path / "snn.safetensors")
+    assert torch.equal(again(images), snn(images))
+    assert Method.from_json(again.method) == method
+
+
+@every_refinement
+@both_kinds
+def test_it_brings_the_means_closer(name: str, synchronous: bool, network: nn.Module, images: Tensor) -> None:
+    plain = qs.convert(network, images, balanced(3, synchronous=synchronous))
+    refined = qs.convert(network, images, balanced(3, synchronous=synchronous) | REFINEMENTS.create(name))
+    before, after = site_errors(network, plain, images), site_errors(network, refined, images)
+    assert sum(after.values()) < 0.5 * sum(before.values())
+
+
+@every_refinement
+@both_kinds
+def test_nothing_is_corrected_where_nothing_is_wrong(name: str, synchronous: bool) -> None:
+    # Whole numbers of quarter thresholds: four steps give them exactly.
+    layer = nn.Linear(4, 4, bias=True)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(4))
+        layer.bias.zero_()
+    network = nn.Sequential(layer, nn.ReLU(), nn.Linear(4, 3)).eval()
+    values = torch.arange(5).repeat(4)[torch.randperm(20, generator=torch.Generator().manual_seed(0))].reshape(5, 4) / 4
+    values[0] = 1
+    method = balanced(4, ceiling="percentile", percentile=100.0, synchronous=synchronous)
+    plain, refined = qs.convert(network, values, method), qs.convert(network, values, method | REFINEMENTS.create(name))
+    for key, value in refined.state_dict().items():
+        assert torch.allclose(value, plain.state_dict()[key], atol=1e-6), key
+
+
+# Composing
+
+
+def test_what_is_no_refinement_is_refused() -> None:
+    with pytest.raises(OptionError, match="refinements must be"):
+        balanced(refinements=("bias_correction",))
+    with pytest.raises(TypeError):
+        balanced() | "bias_correction"  # type: ignore[operator]
+    with pytest.raises(UnknownNameError, match="bias_correction"):
+        refinements_of(["bias_corection"])
+    with pytest.raises(OptionError, match="no option"):
+        refinements_of(["bias_correction:pases=2"])
+    with pytest.raises(OptionError, match="bias_correction: passes must be"):
+        refinements_of(["bias_correction:passes=0"])
+
+
+def test_they_apply_in_order_and_say_so() -> None:
+    one, other = refinements_of(["bias_correction:passes=3,readout=false", "potential_correction"])
+    assert {name: getattr(one, name) for name in options_of(one)} == {
+        "images": 1024,
+        "batch": 64,
+        "passes": 3,
+        "rate": 1.0,
+        "readout": False,
+    }
+    method = balanced() | one | other
+    assert method.refinements == (one, other)
+    assert label(method.to_json()) == "threshold_balancing | bias_correction:passes=3,readout=False | potential_correction"
+    assert "refinements" not in balanced().to_json()
+
+
+# Lockstep
+
+
+@both_kinds
+def test_lockstep_gives_what_the_network_gives(synchronous: bool, network: nn.Module, images: Tensor) -> None:
+    method = balanced(5, synchronous=synchronous)
+    snn, ann = qs.convert(network, images, method), fit(network, ImageStream(images), method)
+    means: dict[str, Tensor] = {}
+
+    def visit(name: str, firing: Firing, current: Tensor, wanted: Tensor) -> Tensor:
+        means[name] = firing.mean(firing.outputs(current))
+        return current
+
+    both = Lockstep(snn, ann, channel_means, visit)
+    assert both.windows is synchronous
+    wanted, given = both.run(images)
+    assert torch.equal(wanted, ann.module(images))
+    assert torch.allclose(given, snn(images), atol=1e-5)
+    run = simulate(snn, images)
+    for site, neuron in snn.neurons().items():
+        heights = neuron.height(neuron.threshold)
+        assert torch.allclose(means[site], run.spikes[site] * heights / 5, atol=1e-5), site
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_mean_output_is_the_mean_of_the_outputs(compiled: bool, scaled: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    theta = torch.rand(3, 1, 1, generator=generator) + 0.5
+    parameters = NeuronParameters(theta, 0.4, 0.9, torch.rand(3, 1, 1, generator=generator) + 0.5, scaled)
+    neuron = Neuron(parameters, 7, constant_input=True)
+    neuron.compiled = compiled
+    current = torch.randn(4, 3, 5, 5, generator=generator)
+    with torch.no_grad():
+        assert torch.allclose(neuron.mean_output(current), unfold(neuron(current), 7).mean(0), atol=1e-6)
+
+
+# Bias correction
+
+
+def test_bias_correction_brings_the_readout_to_the_source_networks_mean(network: nn.Module, images: Tensor) -> None:
+    snn = qs.convert(network, images, balanced(2) | qs.refinements.BiasCorrection(passes=8, batch=96))
+    away = (snn(images) - network(images)).mean(0).abs().max()
+    plain = (qs.convert(network, images, balanced(2))(images) - network(images)).mean(0).abs().max()
+    assert away < 0.05 * plain
+    left = qs.convert(network, images, balanced(2) | qs.refinements.BiasCorrection(passes=8, batch=96, readout=False))
+    assert torch.equal(left.network.head.bias, network.head.bias)
+
+
+def test_a_bias_goes_where_it_reaches_these_neurons_alone(network: nn.Module, images: Tensor) -> None:
+    snn = qs.convert(network, images, balanced() | qs.refinements.BiasCorrection())
+    assert not torch.equal(snn.network.first.bias, network.first.bias)
+    # Three calls share it.
+    assert torch.equal(snn.network.shared.bias, network.shared.bias)
+    assert [name for name, _ in snn.network.named_children() if name.startswith("current")] == ["current", "current_2", "current_3"]
+
+
+def test_a_current_added_in_front_of_one_reader_does_not_reach_another() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(x)
+            return torch.cat([x.relu(), (2 * x).relu()], 1)
+
+    module = torch.fx.symbolic_trace(Two())
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    before = module(x)
+    node = next(node for node in module.graph.nodes if node.target == "layer")
+    reader = next(user for user in node.users if user.target == "relu")
+    add_current(module, node, reader, torch.tensor([10.0, 20.0, 30.0]), 1)
+    module.recompile()
+    after = module(x)
+    assert torch.allclose(after[:, :3], (module.layer(x) + torch.tensor([10.0, 20.0, 30.0])).relu())
+    assert torch.equal(after[:, 3:], before[:, 3:])
+
+
+@pytest.mark.parametrize("engine", ["fused", "integer", "count"])
+def test_a_corrected_network_runs_on_every_engine(engine: str, network: nn.Module, images: Tensor) -> None:
+    class Plain(nn.Sequential):
+        pass
+
+    torch.manual_seed(0)
+    plain = Plain(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6, 3)).eval()
+    snn = qs.convert(plain, images, balanced(4, synchronous=engine == "count") | qs.refinements.BiasCorrection())
+    whole = snn if engine == "fused" else qs.quantise(snn).network
+    fast = qs.accelerate(whole, engine)
+    reference = qs.accelerate(whole, "reference")
+    assert torch.allclose(fast(images), reference(images), atol=1e-5)
+    assert all(torch.equal(count, simulate(reference, images).spikes[site]) for site, count in simulate(fast, images).spikes.items())
+
+
+# Potential correction
+
+
+@pytest.mark.parametrize("granularity", ["neuron", "channel"])
+def test_potentials_are_per_neuron_or_per_channel(granularity: str, network: nn.Module, images: Tensor) -> None:
+    snn = qs.convert(network, images, balanced() | qs.refinements.PotentialCorrection(granularity=granularity))
+    for site in snn.sites:
+        shape = site.shape if granularity == "neuron" else (site.shape[0], *(1,) * (len(site.shape) - 1))
+        assert snn.neuron(site.name).initial.shape == shape
