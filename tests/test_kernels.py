@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import quickspike as qs
 from quickspike import kernels
-from quickspike.neuron import Surrogate, SurrogateShape, _Rule, _Scan
+from quickspike.neuron import Neuron, NeuronParameters, Surrogate, SurrogateShape, _Rule, _Scan
 
 SURROGATES: dict[str, Surrogate] = {
     "triangular": Surrogate("triangular", width=0.8, scale=0.3),
@@ -252,3 +252,21 @@ def test_counts_need_no_steps_where_nothing_is_near(monkeypatch: pytest.MonkeyPa
     assert torch.equal(kernels.count(currents, initial, theta, torch.tensor(1.0), rule, 1, torch.int32), expected)
     leaking = kernels.count(currents, initial, theta, torch.tensor(0.9), rule, 1, torch.int32)
     assert not bool(leaking.any())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8, 64, 128])
+@pytest.mark.parametrize("strict", [False, True])
+def test_whole_numbers_that_end_on_a_multiple_of_the_threshold_are_counted_as_step_by_step(steps: int, strict: bool) -> None:
+    theta = torch.tensor([2.0, 6.0, 40.0, 2.0**12]).view(4, 1, 1)
+    # Every whole sum, and so every multiple of theta; halves and sums too large for exact steps among them.
+    sums = torch.arange(-200, 200 + 42 * steps).float()
+    sums = torch.cat([sums, 2.0**12 * torch.arange(-2, steps + 3), torch.arange(64) / 2, torch.tensor([2.0**23, 2.0**23 + 2, -(2.0**24)])])
+    current = sums.expand(1, 4, 1, -1).contiguous(memory_format=torch.channels_last)
+    counts = []
+    for compiled in (True, False):
+        neuron = Neuron(NeuronParameters(theta, 0.5, 1.0, 1.0, False, strict), steps, constant_input=False)
+        neuron.counts, neuron.compiled = True, compiled
+        with torch.no_grad():
+            counts.append(neuron(current))
+    assert torch.equal(counts[0], counts[1])
+    assert int(counts[0].max()) == steps

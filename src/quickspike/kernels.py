@@ -198,6 +198,7 @@ def count(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, rule: Any, di
         _triton().count_spikes(current, out, v, theta, _firing_level(theta, rule.strict), leak, channels, inner, divisor, rule)
         return out
     length = _loops().block_length(channels, inner)
+    direct = bool((leak == 1).all() and (v >= 0).all() and (v < theta).all())
     _share_out(
         _loops().count,
         _groups(out.numel(), length),
@@ -213,9 +214,18 @@ def count(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, rule: Any, di
         rule.steps,
         np.float32(divisor),
         current.dtype == torch.bfloat16,
-        bool((leak == 1).all() and (v >= 0).all() and (v < theta).all()),
+        direct,
+        direct and _whole(v, theta, rule),
     )
     return out
+
+
+def _whole(v: Tensor, theta: Tensor, rule: Any) -> bool:
+    """True if nothing rounds on the way, as long as the sums of currents are whole, see `loops.count_whole`."""
+    steps: int = rule.steps
+    if rule.strict or steps & (steps - 1) or float(theta.max()) >= 2**22 / steps:
+        return False
+    return bool((theta == theta.round()).all() and (v == v.round()).all())
 
 
 def fire_on(

@@ -21,6 +21,7 @@ GROUP = 16
 # is checked (division by zero: error_model; negative indices: slices), flags are decided outside the loops, and
 # "strictly above theta" is "at least the next number above theta".
 _inline = numba.njit(inline="always", error_model="numpy")
+_apart = numba.njit(error_model="numpy")
 _compile = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
@@ -177,7 +178,7 @@ def forward_signed(first, last, x, out, state, left, theta, fires_at, leak, up, 
         left[start : start + size] = rest[:size]
 
 
-@_inline
+@_apart
 def count_directly(current, begin, inverse, size, steps, m, counts):
     """counts[:size] = clip(floor((v0 + T current)/theta), 0, T); True if every one is that of the steps, too.
 
@@ -198,12 +199,34 @@ def count_directly(current, begin, inverse, size, steps, m, counts):
     return close == 0
 
 
+@_apart
+def count_whole(current, begin, th, inverse, size, steps, m, counts):
+    """The same where thresholds are whole numbers and 1/steps has no rounding; False if T current is not whole, or too large.
+
+    No step rounds then, so that the multiple of theta which v0 + T current reaches is found by one exact comparison.
+    """
+    most, large = np.float32(steps), np.float32(2**23 // steps)
+    for i in range(size):
+        m[i] = begin[i] + current[i] * most
+    others = np.int32(0)
+    for i in range(size):
+        others += np.int32(0) if (m[i] == np.rint(m[i])) & (abs(m[i]) < large) else np.int32(1)
+    if others:
+        return False
+    for i in range(size):
+        near = np.rint(min(max(m[i] * inverse[i], np.float32(-0.5)), most + np.float32(0.5)))
+        reached = near if m[i] >= near * th[i] else near - np.float32(1.0)
+        counts[i] = np.int32(min(max(reached, np.float32(0.0)), most))
+    return True
+
+
 @_compile
-def count(first, last, x, out, v0, theta, fires_at, leak, channels, inner, length, steps, divisor, half, direct):
+def count(first, last, x, out, v0, theta, fires_at, leak, channels, inner, length, steps, divisor, half, direct, whole):
     """Fill groups `first` to `last` of `out` with the number of spikes under the constant current x/divisor.
 
     With `direct` (no leak, 0 <= v0 < theta) the work does not depend on the number of steps, but for blocks in which a
-    potential ends so near a multiple of theta that only the steps themselves tell on which side.
+    potential ends so near a multiple of theta that only the steps themselves tell on which side; with `whole`, see
+    `count_whole`, these are as quick where currents are whole numbers.
     """
     number = out.shape[1]
     bits = np.empty(BLOCK, np.uint32)
@@ -224,7 +247,10 @@ def count(first, last, x, out, v0, theta, fires_at, leak, channels, inner, lengt
         load(x, 0, start, size, bits, half)
         for i in range(size):
             current[i] = current[i] / divisor
-        if not direct or not count_directly(current, begin, inverse, size, steps, m, counts):
+        done = direct and count_directly(current, begin, inverse, size, steps, m, counts)
+        if not done and whole:
+            done = count_whole(current, begin, th, inverse, size, steps, m, counts)
+        if not done:
             v[:] = begin
             counts[:] = 0
             for _ in range(steps):
