@@ -394,6 +394,40 @@ def test_convert_with_choices(model: Path, tmp_path: Path, run: Any) -> None:
         failed(run("convert", f"{model}:net", *arguments, "--at", text), reason)
 
 
+def test_convert_refines(model: Path, tmp_path: Path, run: Any) -> None:
+    from quickspike.data import load_data
+    from quickspike.models import load_model
+
+    out = tmp_path / "net.safetensors"
+    arguments = ("--data", "digits", "--steps", 2, "--calibration-images", 150, "--out", out, "--device", "cpu")
+    result = run("convert", f"{model}:net", *arguments, "--refine", "bias_correction:passes=3,rate=0.5", "potential_correction")
+    assert "threshold_balancing | bias_correction:passes=3,rate=0.5 | potential_correction, T = 2" in result.out.replace("\n", " ")
+    snn = qs.load(out)
+    method = (
+        qs.methods.ThresholdBalancing(steps=2) | qs.refinements.BiasCorrection(passes=3, rate=0.5) | qs.refinements.PotentialCorrection()
+    )
+    direct = qs.convert(load_model(f"{model}:net"), load_data("digits").loader("train", limit=150), method)
+    assert snn.method == direct.method
+    assert all(torch.equal(value, snn.state_dict()[key]) for key, value in direct.state_dict().items())
+    failed(run("convert", f"{model}:net", *arguments, "--refine", "bias"), "unknown refinement 'bias'")
+    shown = run("methods", "bias_correction").out
+    assert "2106.06984" in shown
+    assert "passes" in shown
+
+
+def test_evaluate_values_needs_no_labels(model: Path, network: Path, tmp_path: Path, run: Any) -> None:
+    out = tmp_path / "report.json"
+    arguments = ("evaluate", str(network), "--data", "digits", "--images", 50, "--values")
+    assert run(*arguments, "--reference", f"{model}:net", "--out", out).code == 0
+    report = json.loads(out.read_text())
+    assert report["accuracy"] == {}
+    assert 0 < report["deviation"]["4"] < 100
+    failed(run(*arguments), "--values compares with the source network; name it with --reference")
+    for more in ("--plot", "--page"):
+        failed(run(*arguments, "--reference", f"{model}:net", more, tmp_path / "a.png"), "--values")
+    failed(run(*arguments, "--reference", f"{model}:net", "--exit", 1), "--values")
+
+
 def test_convert_as_json(model: Path, tmp_path: Path, run: Any) -> None:
     result = run("convert", f"{model}:net", "--data", "digits", "--calibration-images", 50, "--out", tmp_path / "a", "--json")
     data = json.loads(result.out)
@@ -476,9 +510,11 @@ def test_search_takes_options_and_writes_a_page(model: Path, tmp_path: Path, run
         ("potential_ini", ["did you mean 'potential_init'"]),
         ("potential_init:percentil=99", ["percentil"]),
         ("potential_init:percentile=high", ["percentile must be a number, got 'high'"]),
-        ("potential_init:percentile", ["METHOD:OPTION=VALUE", "'potential_init:percentile'"]),
+        ("potential_init:percentile", ["NAME:OPTION=VALUE", "'potential_init:percentile'"]),
         ("potential_init:percentile=101", ["percentile must be in range"]),
         ("potential_init:steps=3", ["steps is what is searched for"]),
+        ("potential_init | bias_corection", ["did you mean 'bias_correction'"]),
+        ("potential_init | bias_correction:passes=none", ["passes must be a whole number, got 'none'"]),
     ],
 )
 def test_search_refuses_a_candidate_in_one_line(text: str, parts: list[str], model: Path, run: Any) -> None:

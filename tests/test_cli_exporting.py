@@ -55,6 +55,9 @@ def test_strict_refuses(run: Any, saved: Path) -> None:
         (["--allow-lossy"], "what is lost is measured on images; name --data"),
         (["--allow-lossy", "--strict"], "--strict refuses what --allow-lossy writes"),
         (["--reader", "lava"], "unknown NIR reader 'lava'"),
+        (["--image-bits", "10", "--bits", "8"], "--image-bits goes with --bits or --integers, and not with --to nir"),
+        (["--image-bits", "10", "--to", "torch"], "--image-bits goes with --bits or --integers"),
+        (["--image-bits", "13", "--bits", "8", "--to", "torch"], "image_bits must be a whole number in [2, 12], got 13"),
     ],
 )
 def test_options_that_do_not_fit(run: Any, arguments: list[str], message: str, saved: Path) -> None:

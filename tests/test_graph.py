@@ -1542,3 +1542,44 @@ def test_wrappers_are_seen_through():
     source = faithful(net, images(2, 3, 2))
     for wrapped in (nn.DataParallel(net), torch.compile(net, backend="eager")):
         assert [site.name for site in qs.trace(wrapped, images(2, 3, 2)).sites] == [site.name for site in source.sites]
+
+
+class Tents(nn.Module):
+    """A tent map many times over: it doubles every difference each time, rounding too."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for _ in range(times):
+            hidden, norm, out = nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 1, 1)
+            with torch.no_grad():
+                hidden.weight.copy_(torch.tensor([1.0, 1.0]).view(2, 1, 1, 1))
+                hidden.bias.copy_(torch.tensor([0.0, -0.5]))
+                norm.running_var.copy_(torch.tensor([3.0, 7.0]))
+                norm.weight.copy_((norm.running_var + norm.eps).sqrt())
+                out.weight.copy_(torch.tensor([1.99, -3.98]).view(1, 2, 1, 1))
+                out.bias.fill_(0.003)
+            self.layers.append(nn.Sequential(hidden, norm, nn.ReLU(), out))
+
+    def forward(self, x):
+        x = x.sigmoid()
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_rounding_that_a_deep_network_blows_up_is_no_fault_of_the_recording():
+    net, images = Tents(40).eval(), torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        apart = (net(images).double() - copy.deepcopy(net).double()(images.double())).abs().max()
+    assert apart > 0.1  # single precision does not determine what it gives
+    assert len(qs.trace(net, images).sites) == 40 + 16  # the sigmoid has lines
+
+
+def test_a_fault_in_a_network_that_blows_rounding_up_is_still_found():
+    class Random(Tents):
+        def forward(self, x):
+            return super().forward(x) + torch.rand(1)
+
+    with pytest.raises(TraceError):
+        qs.trace(Random(40).eval(), torch.randn(4, 1, 6, 6))

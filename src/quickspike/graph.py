@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from quickspike.capture import Captured, Sizes, capture, measure, run_recorded, scope_of, source_of
+from quickspike.capture import Captured, Recorder, capture, measure, run_recorded, scope_of, source_of
 from quickspike.classify import activate, classify
 from quickspike.coverage import Coverage, Finding
-from quickspike.errors import TraceError
+from quickspike.errors import QuickspikeError, TraceError
 from quickspike.operators import ReLU
 from quickspike.piecewise import PIECES
 from quickspike.rewrite import fold_batch_norm, move_max_pools, put_lines, remove_dropout
@@ -104,13 +104,16 @@ def trace(
         TraceError: the forward pass cannot be recorded, or the recording computes something else.
         DataError: the example is unusable.
     """
+
+    def classified(recorded: Captured) -> Coverage:
+        return classify(recorded.module, recorded.sizes, recorded.name, trainable, analog, pieces)
+
     captured = capture(model, example)
-    sizes = captured.sizes
-    coverage = classify(captured.module, sizes, captured.name, trainable, analog, pieces)
+    coverage = classified(captured)
     coverage.raise_if_unsupported()
     if not coverage.having("neuron"):
         raise TraceError(f"{captured.name} holds no activation that could become a neuron (ReLU, ReLU6, clamp at 0)")
-    sites = _rewrite(captured, sizes, not trainable, pools_in_front)
+    sites = _rewrite(captured, not trainable, pools_in_front, classified)
     choices: dict[str, Any] = {"analog": list(analog)} if analog else {}
     if any(finding.error for finding in coverage.findings):
         choices["pieces"] = pieces
@@ -135,39 +138,39 @@ def inspect(model: nn.Module, example: Tensor, analog: Sequence[str] = (), piece
         DataError: the example is unusable.
         OptionError: a pattern of `analog` fits nothing, or pieces < 2.
     """
+
+    def classified(recorded: Captured) -> Coverage:
+        return classify(recorded.module, recorded.sizes, recorded.name, analog=analog, pieces=pieces)
+
     name = type(model).__name__
     findings: tuple[Finding, ...] = ()
     try:
         captured = capture(model, example)
-        sizes = captured.sizes
-        coverage = classify(captured.module, sizes, captured.name, analog=analog, pieces=pieces)
+        coverage = classified(captured)
         if not coverage.convertible:
             return coverage
         findings = coverage.findings
-        _rewrite(captured, sizes, True, True)
+        _rewrite(captured, True, True, classified)
     except TraceError as error:
         reason, _, way_out = str(error).partition(". Way out: ")
         return Coverage(name, (*findings, Finding("forward", name, "unsupported", reason, way_out)))
     return coverage
 
 
-def _rewrite(captured: Captured, sizes: Sizes, folded: bool, pools_in_front: bool) -> tuple[Site, ...]:
+def _rewrite(captured: Captured, folded: bool, pools_in_front: bool, classified: Callable[[Captured], object]) -> tuple[Site, ...]:
     """Fold, move, name the sites, and prove that the graph still computes what the source network computes."""
-    if folded:
-        fold_batch_norm(captured.module, sizes)
-    if pools_in_front:
-        move_max_pools(captured.module)
-    _name_sites(captured.module)
-    recorder = run_recorded(captured.module, captured.example)
-    if recorder.failed:
-        raise TraceError(f"{captured.name}: the rewritten graph does not run at {recorder.failed[0]}: {recorder.failed[1]}")
-    _verify(captured, captured.expected, recorder.result)
-    # An example of zeros or of positive values hides what an in-place operation on an alias does.
-    noise = _noise(captured.example)
-    with torch.no_grad():
-        both = captured.module(noise)
-        _verify(captured, captured.source(noise.clone()), both)
-        _verify_alone(captured, both, captured.module(noise[:1]))
+    recorder = _arranged(captured, folded, pools_in_front)
+    try:
+        _prove(captured, recorder.result)
+    except TraceError:
+        if captured.example.dtype == torch.float64:
+            raise
+        # A deep network can blow rounding up beyond every tolerance. In double precision it cannot, but an error stays one.
+        double = _in_double(captured)
+        if double is None:
+            raise
+        classified(double)
+        _prove(double, _arranged(double, folded, pools_in_front).result)
     # Approximations come in once the rest is proven right.
     if put_lines(captured.module):
         _name_sites(captured.module)
@@ -185,6 +188,38 @@ def _rewrite(captured: Captured, sizes: Sizes, folded: bool, pools_in_front: boo
         for call in captured.module.graph.nodes
         if isinstance(_site_module(captured.module, call), ReLU)
     )
+
+
+def _arranged(captured: Captured, folded: bool, pools_in_front: bool) -> Recorder:
+    """Fold, move and name the sites; what running the graph on the example gave."""
+    if folded:
+        fold_batch_norm(captured.module, captured.sizes)
+    if pools_in_front:
+        move_max_pools(captured.module)
+    _name_sites(captured.module)
+    recorder = run_recorded(captured.module, captured.example)
+    if recorder.failed:
+        raise TraceError(f"{captured.name}: the rewritten graph does not run at {recorder.failed[0]}: {recorder.failed[1]}")
+    return recorder
+
+
+def _prove(captured: Captured, got: Outputs) -> None:
+    """Raise TraceError unless the graph gives what the source network gives, on the example and on noise."""
+    _verify(captured, captured.expected, got)
+    # An example of zeros or of positive values hides what an in-place operation on an alias does.
+    noise = _noise(captured.example)
+    with torch.no_grad():
+        both = captured.module(noise)
+        _verify(captured, captured.source(noise.clone()), both)
+        _verify_alone(captured, both, captured.module(noise[:1]))
+
+
+def _in_double(captured: Captured) -> Captured | None:
+    """The same network recorded in double precision; None where it cannot compute in it."""
+    try:
+        return capture(copy.deepcopy(captured.source).double(), captured.example.double())
+    except (QuickspikeError, RuntimeError):
+        return None
 
 
 def _weighted(module: fx.GraphModule) -> set[fx.Node]:
