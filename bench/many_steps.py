@@ -126,7 +126,7 @@ def main() -> None:
             reference = model if (mode, scale, fitted, steps) == todo[0] else None
             report = qs.evaluate(snn, data.loader("test", limit=options.images), reference, steps, device="cpu", engine=engine)
             found = report.accuracy
-            made = {"convert_seconds": round(converted, 1), "commit": commit(), "model": options.model, "fitted_for": fitted}
+            made = {"convert_seconds": round(converted, 1), "commit": commit(), "model": Path(options.model).name, "fitted_for": fitted}
             for step in steps:
                 (folder / f"{mode}{named}-{step}.json").write_text(json.dumps(report.to_json() | made, indent=1) + "\n")
         shown = "  ".join(f"T = {step}: {value:.2f}" for step, value in found.items())

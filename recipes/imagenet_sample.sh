@@ -5,9 +5,10 @@
 #
 # NETWORKS.py holds the factories squeezenet_v10_imagenet and mobilenet_v1_075_imagenet. IMAGENET_SAMPLE.npz holds 1,000
 # training images of 224 x 224 pixels, one per class, which calibrate, and 500 validation images. The source networks have
-# 57.0 and 64.8 %. Per network: streaming, with signed neurons, and synchronous (on the engine `count`, with 8-bit weights).
+# 57.0 and 64.8 %. Per network: streaming and synchronous, with 8-bit weights (engines `integer` and `count`), and with signed neurons.
 # OUT gets a folder for each network with a report MODE-T.json each and table.md. A run that was stopped goes on where it
 # stopped. MODES="..." and STEPS="..." run some only; CALIBRATION=N and IMAGES=N take fewer images, for a try;
+# REFINE="bias_correction:images=96,batch=4,rate=0.5" refines every network for its T (files MODE_refined-T.json);
 # HELD_OUT=4 chooses: agreement with the source network on every fourth calibration image, which then calibrates nothing.
 set -euo pipefail
 networks=$1 squeezenet=$2 mobilenet=$3 data=npz:$4 out=${5:-results/imagenet_sample}
@@ -16,6 +17,7 @@ here=$(dirname "$0")
 # From T = 32 on the ceilings for 32 steps serve, and one simulation of the longest T tells all of them.
 common=(--steps ${STEPS:-8 16 32 64 128} --share 32 --calibration-images "${CALIBRATION:-1000}")
 [ -z "${IMAGES:-}" ] || common+=(--images "$IMAGES")
+[ -z "${REFINE:-}" ] || common+=(--refine $REFINE)
 [ -z "${HELD_OUT:-}" ] || common+=(--held-out "$HELD_OUT")
 
 run() { # NAME FACTORY WEIGHTS preprocessing...
