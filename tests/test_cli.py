@@ -21,6 +21,7 @@ from quickspike.cli import main
 from quickspike.method import all_methods
 from quickspike.options import options_of
 from quickspike.preprocessing import Preprocessing
+from quickspike.refinement import REFINEMENTS
 
 MODEL = """
 from torch import nn
@@ -148,9 +149,10 @@ def test_methods_lists_all(run: Any) -> None:
 
 def test_methods_as_json(run: Any) -> None:
     data = json.loads(run("methods", "--json").out)
-    assert [entry["name"] for entry in data] == list(all_methods())
+    both = {**all_methods(), **REFINEMENTS.all()}
+    assert [entry["name"] for entry in data] == list(both)
     for entry in data:
-        cls = all_methods()[entry["name"]]
+        cls = both[entry["name"]]
         assert list(entry["options"]) == list(options_of(cls))
         for key, (declared, _, default) in options_of(cls).items():
             assert entry["options"][key]["default"] == default

@@ -26,7 +26,7 @@ ModelName = Annotated[
 ]
 Refine = Annotated[
     tuple[str, ...],
-    Help(metavar="NAME[:OPTION=VALUE,...]", help="refinements of the converted network, in order, see `quickspike methods`"),
+    Help(metavar="NAME", help="what follows the conversion, in order, see `quickspike methods`; with options: NAME:rate=0.5,passes=4"),
 ]
 Weights = Annotated[
     Path | None,
