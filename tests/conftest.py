@@ -245,7 +245,7 @@ def spiking_digits(digits_source: nn.Module, digits_calibration: Tensor) -> Call
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """`run("evaluate", file, ...)` calls the command line and gives a `Result`."""
     # Help and tables fold at the width of the terminal; a wide one keeps every phrase in one line.
-    monkeypatch.setenv("COLUMNS", "600")
+    monkeypatch.setenv("COLUMNS", "400")
     monkeypatch.setenv("TERM", "dumb")
 
     def call(*arguments: Any) -> Result:

@@ -50,8 +50,7 @@ class Method(abc.ABC):
 
     signed: bool = option(
         False,
-        "neurons take spikes back (as spikes of -1) when later currents show that they were too many: little error from spike order, "
-        "and no waiting; needs hardware with signed spikes",
+        "neurons take spikes back (spikes of -1) that were too many: little error from spike order; for hardware with signed spikes",
     )
     sites: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
     """Options at some sites only, by a pattern of their names: {"layer1.*": {"initial": 0.0}}; the last that fits wins."""
