@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from quickspike.conversion import SpikingNetwork
 from quickspike.graph import Traced
 from quickspike.neuron import AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, unfold
+from quickspike.operators import MAX_POOLS
 from quickspike.structure import Outputs, each, places
 
 Visit = Callable[[str, "Firing", Tensor, Tensor], Tensor]
@@ -34,8 +35,10 @@ class Lockstep:
 
     def __init__(self, snn: SpikingNetwork, ann: Traced, reduce: Reduce, visit: Visit) -> None:
         self.snn, self.ann, self.reduce, self.visit = snn, ann, reduce, visit
-        # Where every layer waits for a mean, that mean is all that counts of T steps.
-        self.windows = all(neuron.averaged or neuron.constant_input for neuron in snn.neurons().values())
+        # Where every layer waits for a mean, that mean is all that counts of T steps, but where pools look at single spikes.
+        layers = (snn.network.get_submodule(str(node.target)) for node in snn.network.graph.nodes if node.op == "call_module")
+        pooled = any(type(layer) in MAX_POOLS for layer in layers)
+        self.windows = not pooled and all(neuron.averaged or neuron.constant_input for neuron in snn.neurons().values())
 
     def run(self, images: Tensor) -> tuple[Outputs, Outputs]:
         """(what the source network gives, the spiking network's readout after T steps), both `[B, K]`."""

@@ -59,6 +59,8 @@ class Method(abc.ABC):
 
     def __post_init__(self) -> None:
         validate(self)
+        if not isinstance(self.refinements, tuple):
+            raise OptionError(f"{self.name}: refinements must be a tuple of refinements, got {self.refinements!r}")
         for place, one in enumerate(self.refinements):
             if not isinstance(one, Refinement):
                 raise OptionError(f"{self.name}: refinements must be such as quickspike.refinements holds, got {one!r}")
