@@ -239,3 +239,25 @@ def test_half_precision_is_refused(dtype: torch.dtype) -> None:
     snn = qs.convert(Two(), torch.randn(8, 3), "threshold_balancing", steps=1).to(dtype)
     with pytest.raises(OptionError, match=r"call quantise\(snn.float\(\)\)"):
         quantise(snn)
+
+
+@pytest.mark.parametrize("joined", ["added", "concatenated"])
+@pytest.mark.parametrize("bits", [4, 10])
+def test_an_image_beside_spikes_stays_real(joined: str, bits: int) -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3 if joined == "added" else 6, 4, 3)
+            self.head = nn.Linear(4 * 36, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.first(x))
+            y = y + x if joined == "added" else torch.cat([y, x], 1)
+            return self.head(torch.relu(self.second(y)).flatten(1))
+
+    torch.manual_seed(0)
+    images = torch.randn(32, 3, 8, 8)
+    snn = qs.convert(Beside().eval(), images, "potential_init", steps=8)
+    wanted = snn(images)
+    away = [(quantise(snn, image_bits=one).network(images) - wanted).abs().mean() for one in (None, bits)]
+    assert away[1] < away[0] + (0.05 if bits == 4 else 0.015)

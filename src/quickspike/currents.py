@@ -48,6 +48,8 @@ def _driver(module: fx.GraphModule, node: fx.Node, user: fx.Node, channels: int,
         return None
     if node.op == "call_function" and node.target is operator.add:
         terms = [term for term in node.args if isinstance(term, fx.Node)]
+        if len(set(terms)) < len(terms):
+            return None  # it would count twice
         found = [_driver(module, term, node, channels, axes) for term in terms] if not node.kwargs else []
         return next((layer for layer in found if layer is not None), None)
     if node.op != "call_module" or sum(other.op == "call_module" and other.target == node.target for other in module.graph.nodes) > 1:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from torch import nn
 
 from quickspike.activations import CeilingProbe
-from quickspike.errors import OptionError
+from quickspike.errors import OptionError, QuickspikeError
 from quickspike.neuron import MAX_STEPS, Surrogate
 from quickspike.options import option, validate
 from quickspike.paper import Paper as Paper
@@ -191,7 +191,13 @@ class Method(abc.ABC):
 
 def label(method: Mapping[str, Any]) -> str:
     """What a method as plain data is called where several are shown: its name and the refinements behind it."""
-    refined = [str(Refinement.from_json(one)) for one in method.get("refinements", ())]
+    refined = []
+    for one in method.get("refinements", ()):
+        try:
+            refined.append(str(Refinement.from_json(one)))
+        except (QuickspikeError, KeyError, TypeError):
+            # Of another version, or of a package that is not here.
+            refined.append(str(one.get("name")) if isinstance(one, Mapping) else str(one))
     return " | ".join([str(method.get("name")), *refined])
 
 

@@ -88,6 +88,8 @@ class _Signal:
     """Largest number, of spikes."""
     grid: _Grid | None = None
     """Of currents."""
+    of_image: bool = False
+    """Of an image, whose steps are much finer than spikes."""
 
     @property
     def unit(self) -> Tensor:
@@ -162,7 +164,7 @@ class _Quantiser(Regrading):
         for user in users:
             user.replace_input_with(image, whole)
         whole.meta = dict(image.meta)
-        self.signals[whole] = _Signal(torch.full((self._shape(image)[0],), unit).to(self.like), 2 ** (bits - 1))
+        self.signals[whole] = _Signal(torch.full((self._shape(image)[0],), unit).to(self.like), 2 ** (bits - 1), of_image=True)
 
     # What a node gives
 
@@ -310,19 +312,22 @@ class _Quantiser(Regrading):
 
     def _flattened(self, node: fx.Node, x: _Signal) -> _Signal:
         channels, *rest = self._shape(_operand(node))
-        return _Signal(cast(Tensor, x.known).reshape(channels, 1).expand(-1, math.prod(rest)).flatten(), x.most)
+        return _Signal(cast(Tensor, x.known).reshape(channels, 1).expand(-1, math.prod(rest)).flatten(), x.most, of_image=x.of_image)
 
     def _joined(self, node: fx.Node) -> _Signal | None:
         parts = [self.signals[part] for part in cast(list[fx.Node], node.args[0])]
         if any(part is None or part.known is None for part in parts):
             return None
         spikes = cast(list[_Signal], parts)
-        return _Signal(torch.cat([cast(Tensor, part.known) for part in spikes]), max(part.most for part in spikes))
+        if len({part.of_image for part in spikes}) > 1:
+            return None  # one grid for weights that differ by the steps of the image would leave nothing of these
+        known, most = torch.cat([cast(Tensor, part.known) for part in spikes]), max(part.most for part in spikes)
+        return _Signal(known, most, of_image=spikes[0].of_image)
 
     def _sum(self, node: fx.Node) -> _Signal | None:
         left, right = _operand(node), _operand(node, 1)
         a, b = self.signals[left], self.signals[right]
-        if a is None or b is None or self._shape(left) != self._shape(right):
+        if a is None or b is None or self._shape(left) != self._shape(right) or a.of_image or b.of_image:
             return None
         if a.grid is not None and b.grid is not None:
             a.grid.merge(b.grid)
