@@ -3,8 +3,8 @@
     python bench/profiling.py [--models resnet20 vgg16] [--steps 4] [--batch 32] [--calls 5] [--out FILE]
 
 Milliseconds a call from torch.profiler: the time in an operator itself, not in those that it calls, added up by kind. The
-total is the wall time of calls without the profiler. Compiled loops of the neurons are no operators; a mark around each
-layer of neurons makes them visible. What is left of the total is Python.
+total is the wall time of calls without the profiler. Compiled loops of the neurons are no operators, but for the one with
+a backward pass; a mark around each layer of neurons makes the others visible. What is left of the total is Python.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from quickspike.networks import NETWORKS
 MARK = "quickspike::"
 KINDS = {
     "layers": r"conv|linear|addmm|\bmm\b|matmul|bmm|mkldnn",
-    "neurons": MARK,
+    "neurons": rf"{MARK}|_Fused",
     "other": r"",
 }
 """Kind of an operator: the first whose pattern is found in its name."""

@@ -75,6 +75,20 @@ def grows() -> Any:
     return run
 
 
+def keeps() -> Any:
+    """The first call keeps memory, each takes some."""
+    kept: list[bytearray] = []
+
+    def run() -> None:
+        if not kept:
+            kept.append(bytearray(200 * 2**20))
+            kept[0][::4096] = b"1" * len(kept[0][::4096])
+        block = bytearray(200 * 2**20)
+        block[::4096] = b"1" * len(block[::4096])
+
+    return run
+
+
 def compiles() -> Any:
     """What a first call costs if no kernel lies on disk."""
     folder = Path(os.environ["NUMBA_CACHE_DIR"])
@@ -94,6 +108,27 @@ def test_memory_is_that_of_the_call() -> None:
     ballast[::4096] = b"1" * len(ballast[::4096])
     cost = script("timing").in_own_process(grows)
     assert 190 * 2**20 < cost.grown < 260 * 2**20
+
+
+def test_memory_of_a_later_call_is_without_what_stays_of_the_first() -> None:
+    # The first call keeps 200 MiB, and a later one takes as much again for a while.
+    cost = script("timing").in_own_process(keeps, earlier=1)
+    assert 190 * 2**20 < cost.grown < 260 * 2**20
+
+
+def test_short_calls_are_made_twice_in_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = script("timing")
+    clock, calls = [0.0], {"short": 0, "long": 0}
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+
+    def run(name: str) -> None:
+        calls[name] += 1
+        # The first call of a turn finds strange caches; the very first turn has one call only.
+        clock[0] += 2.0 if name == "long" else 0.1 if calls[name] % 2 else 0.4
+
+    found = timing.interleaved({"long": lambda: run("long"), "short": lambda: run("short")}, 3)
+    assert calls == {"long": 4, "short": 7}
+    assert found["short"] == {"ratio": 0.05, "least": 0.05, "largest": 0.05, "runs": 3}
 
 
 def test_a_first_call_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

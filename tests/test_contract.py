@@ -24,15 +24,17 @@ from quickspike.method import Method, Paper, all_methods, create, get
 from quickspike.networks import digits_cnn
 from quickspike.options import Option, options_of
 from quickspike.preprocessing import Preprocessing
+from quickspike.refinement import REFINEMENTS
 from quickspike.simulation import simulate
 from quickspike.training import Silent, Trainer, Training
 
 Converted = Callable[[str], qs.SpikingNetwork]
 METHODS = sorted(all_methods())
-OPTIONS = [(method, name) for method in METHODS for name in options_of(get(method))]
+OWNERS = {**all_methods(), **REFINEMENTS.all()}
+OPTIONS = [(owner, name) for owner in sorted(OWNERS) for name in options_of(OWNERS[owner])]
 
 every_method = pytest.mark.parametrize("method", METHODS)
-every_option = pytest.mark.parametrize(("method", "name"), OPTIONS)
+every_option = pytest.mark.parametrize(("owner", "name"), OPTIONS)
 
 
 def bad_values(declared: Option, kind: Any) -> list[Any]:
@@ -68,26 +70,27 @@ def test_there_are_methods() -> None:
 
 
 @every_option
-def test_a_value_out_of_range_is_refused_and_the_option_named(method: str, name: str) -> None:
-    declared, kind, _ = options_of(get(method))[name]
+def test_a_value_out_of_range_is_refused_and_the_option_named(owner: str, name: str) -> None:
+    declared, kind, _ = options_of(OWNERS[owner])[name]
     assert bad_values(declared, kind)
     for bad in bad_values(declared, kind):
-        with pytest.raises(OptionError, match=rf"{method}: {name} must be"):
-            create(method, **{name: bad})
+        with pytest.raises(OptionError, match=rf"{owner}: {name} must be"):
+            OWNERS[owner](**{name: bad})
 
 
 @every_option
-def test_both_ends_of_a_range_and_every_choice_are_allowed(method: str, name: str) -> None:
-    declared, kind, default = options_of(get(method))[name]
+def test_both_ends_of_a_range_and_every_choice_are_allowed(owner: str, name: str) -> None:
+    cls = OWNERS[owner]
+    declared, kind, default = options_of(cls)[name]
     for good in [default, *good_values(declared, kind)]:
-        made = create(method, **{name: good})
+        made = cls(**{name: good})
         assert getattr(made, name) == good
-        assert Method.from_json(json.loads(json.dumps(made.to_json(), allow_nan=False))) == made
+        assert cls.from_json(json.loads(json.dumps(made.to_json(), allow_nan=False))) == made
 
 
 @every_option
-def test_options_are_documented(method: str, name: str) -> None:
-    declared, kind, default = options_of(get(method))[name]
+def test_options_are_documented(owner: str, name: str) -> None:
+    declared, kind, default = options_of(OWNERS[owner])[name]
     assert len(declared.help.split()) >= 2
     assert declared.describe().startswith(declared.help)
     assert default is not dataclasses.MISSING

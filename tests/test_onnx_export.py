@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 import subprocess
@@ -202,6 +203,7 @@ def test_a_whole_image_gives_the_same_numbers_in_every_program(tmp_path: Path) -
     torch.testing.assert_close(whole(tmp_path / "a.onnx", images)[0], expected, rtol=1e-6, atol=1e-6)
     # Rounding the image is not optimised away.
     assert not torch.equal(qs.quantise(qs.convert(model, images, steps=4)).network(images), expected)
+    torch.testing.assert_close(copy.deepcopy(snn).double()(images.double()).float(), expected, rtol=1e-6, atol=1e-6)
 
 
 # Files

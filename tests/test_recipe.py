@@ -716,6 +716,15 @@ def test_options_that_came_later_change_no_digest_where_they_are_off(write: Call
     assert len({recipe_module._spelled(one) for one in (recipe, on, diet, dataclasses.replace(recipe, weights="pretrained"))}) == 4
 
 
+def test_a_recipe_may_refine(write: Callable[[str], Path]) -> None:
+    text = TEXT.replace("levels = 2\n", 'levels = 2\nrefinements = ["bias_correction:passes=3", "potential_correction"]\n')
+    recipe = read_recipe(write(text))
+    assert recipe.method.refinements == (qs.refinements.BiasCorrection(passes=3), qs.refinements.PotentialCorrection())
+    assert recipe_module._spelled(recipe) != recipe_module._spelled(read_recipe(write(TEXT)))
+    with pytest.raises(QuickspikeError, match="did you mean 'bias_correction'"):
+        read_recipe(write(text.replace("bias_correction", "bias_corection")))
+
+
 def test_an_unwritable_folder_is_refused_before_the_work(fabric: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     stages = Stages()

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import operator
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 import quickspike as qs
-from quickspike.api import fit
+from quickspike.api import finish, fit
 from quickspike.currents import add_current
 from quickspike.data import ImageStream
 from quickspike.errors import OptionError, UnknownNameError
-from quickspike.lockstep import Firing, Lockstep, channel_means
+from quickspike.hub import model_card
+from quickspike.lockstep import Firing, Lockstep, channel_means, rebatched
 from quickspike.method import Method, label
 from quickspike.neuron import Neuron, NeuronParameters, unfold
 from quickspike.options import options_of
 from quickspike.paper import Paper
 from quickspike.refinement import REFINEMENTS, Refinement, refinements_of
+from quickspike.report import report_tables
+from quickspike.searching import Candidate
 from quickspike.simulation import simulate
 
 NAMES = sorted(REFINEMENTS.all())
@@ -138,7 +144,9 @@ def test_what_is_no_refinement_is_refused() -> None:
     with pytest.raises(OptionError, match="refinements must be"):
         balanced(refinements=("bias_correction",))
     with pytest.raises(TypeError):
-        balanced() | "bias_correction"  # type: ignore[operator]
+        operator.or_(balanced(), "bias_correction")
+    with pytest.raises(OptionError, match="refinements must be a tuple"):
+        qs.methods.QCFS(refinements=[qs.refinements.BiasCorrection()])
     with pytest.raises(UnknownNameError, match="bias_correction"):
         refinements_of(["bias_corection"])
     with pytest.raises(OptionError, match="no option"):
@@ -199,6 +207,86 @@ def test_mean_output_is_the_mean_of_the_outputs(compiled: bool, scaled: bool) ->
         assert torch.allclose(neuron.mean_output(current), unfold(neuron(current), 7).mean(0), atol=1e-6)
 
 
+@both_kinds
+def test_lockstep_where_pools_look_at_single_spikes(synchronous: bool, images: Tensor) -> None:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(2, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6, 3))
+    network = nn.Sequential(*layers).eval()
+    method = qs.methods.UltraLowLatency(steps=4, pool="spikes", synchronous=synchronous)
+    stream = ImageStream(images)
+    ann = fit(network, stream, method)
+    snn = finish(ann, stream, method)
+    assert any(type(layer) is nn.MaxPool2d for layer in snn.network.modules())
+    _, given = Lockstep(snn, ann, channel_means, lambda name, firing, current, wanted: current).run(images)
+    assert torch.allclose(given, snn(images), atol=1e-5)
+
+
+def test_signed_neurons_that_start_above_theta_take_spikes_back() -> None:
+    current = torch.linspace(-1, 1.5, 200).reshape(4, 1, 5, 10)
+    neuron = Neuron(NeuronParameters(torch.tensor(1.0), 2.0, signed=True), 4, constant_input=True)
+    with torch.no_grad():
+        assert torch.allclose(neuron.mean_output(current), unfold(neuron(current), 4).mean(0), atol=1e-6)
+
+
+def test_batches_have_the_size_that_is_asked_for(network: nn.Module, images: Tensor) -> None:
+    snn, ann = qs.convert(network, images, balanced()), fit(network, ImageStream(images), balanced())
+    sizes: list[int] = []
+
+    def visit(name: str, firing: Firing, current: Tensor, wanted: Tensor) -> Tensor:
+        if name == snn.sites[0].name:
+            sizes.append(len(current))
+        return current
+
+    both = Lockstep(snn, ann, channel_means, visit)
+    list(both.over(ImageStream(list(torch.split(images, 7))), 50, 20))
+    assert sizes == [20, 20, 10]
+    assert [len(batch) for batch in rebatched([images[:5], images[:96]], 32)] == [32, 32, 32, 5]
+
+
+def test_large_inputs_come_in_smaller_batches(network: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quickspike.lockstep.MOST_VALUES", 10 * 4 * images[0].numel())
+    snn, ann = qs.convert(network, images, balanced()), fit(network, ImageStream(images), balanced())
+    both = Lockstep(snn, ann, channel_means, lambda name, firing, current, wanted: current)
+    assert [len(given[""]) for _, given in both.over(ImageStream(images), 25, 20)] == [10, 10, 5]
+
+
+# Where they come from
+
+
+@every_refinement
+def test_images_of_a_generator_serve_again(name: str, network: nn.Module, images: Tensor) -> None:
+    method = balanced() | REFINEMENTS.create(name)
+    once = qs.convert(network, (batch for batch in torch.split(images, 32)), method)
+    assert torch.equal(once(images), qs.convert(network, list(torch.split(images, 32)), method)(images))
+
+
+def test_a_refinement_that_is_not_known_here_is_named_as_it_is(network: nn.Module, images: Tensor) -> None:
+    snn = qs.convert(network, images, balanced())
+    snn.method["refinements"] = [{"name": "foreign", "options": {}}, {"name": "bias_correction", "options": {"new": 1}}, {"name": "bare"}]
+    assert label(snn.method) == "threshold_balancing | foreign | bias_correction | bare"
+    report = qs.evaluate(snn, [(images, torch.zeros(len(images), dtype=torch.long))], device="cpu")
+    shown = io.StringIO()
+    Console(width=200, file=shown).print(report_tables(report))
+    assert "foreign" in shown.getvalue()
+
+
+def test_a_search_tries_refined_candidates(network: nn.Module, images: Tensor) -> None:
+    refined = Candidate("threshold_balancing", {"refinements": (qs.refinements.BiasCorrection(passes=3),)})
+    assert str(refined) == "threshold_balancing | bias_correction:passes=3"
+    labels = network(images).argmax(1)
+    found = qs.search(
+        network, images, [(images, labels)], [Candidate("threshold_balancing"), refined], max_drop=100, most_steps=2, device="cpu"
+    )
+    assert {trial.candidate for trial in found.trials} == {"threshold_balancing", str(refined)}
+
+
+def test_the_card_cites_the_refinement_too(network: nn.Module, images: Tensor) -> None:
+    card = model_card(qs.convert(network, images, balanced() | qs.refinements.BiasCorrection()), None)
+    assert "2409.03368" in str(card)
+    assert "2106.06984" in str(card)
+    assert "with the method `threshold_balancing`, refined by `bias_correction`, of quickspike" in str(card)
+
+
 # Bias correction
 
 
@@ -241,13 +329,42 @@ def test_a_current_added_in_front_of_one_reader_does_not_reach_another() -> None
     assert torch.equal(after[:, 3:], before[:, 3:])
 
 
-@pytest.mark.parametrize("engine", ["fused", "integer", "count"])
-def test_a_corrected_network_runs_on_every_engine(engine: str, network: nn.Module, images: Tensor) -> None:
-    class Plain(nn.Sequential):
-        pass
+def test_a_signal_that_is_added_to_itself_gets_its_current_once() -> None:
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(x)
+            return x + x
+
+    module = torch.fx.symbolic_trace(Doubled())
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    before = module(x)
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    add_current(module, output.all_input_nodes[0], output, torch.tensor([1.0, 2.0, 3.0]), 1)
+    module.recompile()
+    assert torch.allclose(module(x) - before, torch.tensor([1.0, 2.0, 3.0]).expand(5, 3), atol=1e-6)
+
+
+def test_an_output_without_channels_keeps_its_mean_and_says_so(images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    class Value(Branches):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).mean(1)
 
     torch.manual_seed(0)
-    plain = Plain(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6, 3)).eval()
+    snn = qs.convert(Value().eval(), images, balanced() | qs.refinements.BiasCorrection())
+    assert snn(images).shape == (len(images),)
+    assert caplog.text.count("the output has no channels, and keeps its mean") == 1
+
+
+@pytest.mark.parametrize("engine", ["fused", "integer", "count"])
+def test_a_corrected_network_runs_on_every_engine(engine: str, images: Tensor) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6, 3)
+    ).eval()
     snn = qs.convert(plain, images, balanced(4, synchronous=engine == "count") | qs.refinements.BiasCorrection())
     whole = snn if engine == "fused" else qs.quantise(snn).network
     fast = qs.accelerate(whole, engine)

@@ -361,3 +361,13 @@ def test_after_a_training_the_trained_network_alone_is_calibrated(digits_source:
         assert set(histogram.total.tolist()) == {200 * places}
         # Batch norm is folded by now, which rounds.
         torch.testing.assert_close(histogram.maximum.float(), peaks[id(ann.at(site))], rtol=1e-4, atol=1e-5)
+
+
+def test_ceilings_may_be_fitted_for_fewer_steps_than_are_run() -> None:
+    torch.manual_seed(0)
+    net, images = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)).eval(), torch.randn(300, 5)
+    few, many, both = (qs.convert(net, images, ThresholdBalancing(steps=T, fit_steps=F)) for T, F in ((4, 0), (64, 0), (64, 4)))
+    for site in few.sites:
+        assert torch.equal(both.neuron(site.name).threshold, few.neuron(site.name).threshold)
+        assert not torch.equal(both.neuron(site.name).threshold, many.neuron(site.name).threshold)
+    assert both.steps == 64

@@ -132,6 +132,23 @@ class ImageStream:
             yield images
         self.samples = samples
 
+    def some(self, samples: int) -> Iterator[Tensor]:
+        """Batches with the first images, up to so many; of a generator that was used up those that are remembered.
+
+        Raises:
+            DataError: a batch is unusable.
+        """
+        if not _is_one_shot(self._source):
+            batches: Iterable[Tensor] = image_batches(self._source)
+        else:
+            batches = self._head if self._one_shot is None else self
+        for images in batches:
+            check_batch(images, "a calibration batch")
+            yield images[:samples]
+            samples -= len(images)
+            if samples <= 0:
+                return
+
     def head(self, samples: int) -> Tensor:
         """The first images as one batch, `[B, ...]` with B at most `samples`, without another pass if there was one.
 

@@ -40,7 +40,10 @@ _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "
 
 # Same arguments in the same places, so far as a network gives them.
 _SAME: dict[str, Any] = {
-    **{name: getattr(torch, name) for name in ("relu", "sigmoid", "tanh", "neg", "exp", "log", "sqrt", "rsqrt", "abs", "square", "erf")},
+    **{
+        name: getattr(torch, name)
+        for name in ("relu", "sigmoid", "tanh", "neg", "exp", "log", "sqrt", "rsqrt", "abs", "square", "erf", "round")
+    },
     **{name: getattr(torch, name) for name in ("matmul", "bmm", "maximum", "minimum", "prelu", "flatten", "pixel_shuffle")},
     **{name: getattr(torch, name) for name in ("pixel_unshuffle", "channel_shuffle", "movedim", "swapaxes", "flip", "roll", "cumsum")},
     **{name: getattr(torch, name) for name in ("where", "gt", "ge", "lt", "le", "einsum", "rms_norm")},

@@ -477,6 +477,12 @@ def _method_name(snn: SpikingNetwork) -> str:
     return str(snn.method.get("name", ""))
 
 
+def _way(snn: SpikingNetwork) -> str:
+    """The method and its refinements; in code outside of a table a bar cannot be escaped."""
+    refined = [_code(part) for part in label(snn.method).split(" | ")[1:]]
+    return f"the method {_code(_method_name(snn))}" + (f", refined by {' and '.join(refined)}," if refined else "")
+
+
 def _usual_name(snn: SpikingNetwork) -> str:
     source = snn.provenance.get("model") or snn.provenance.get("source") or "spiking network"
     return f"{source}, {label(snn.method)}, T = {snn.steps}"
@@ -485,7 +491,7 @@ def _usual_name(snn: SpikingNetwork) -> str:
 def _lead(snn: SpikingNetwork, report: Report | None) -> str:
     source = snn.provenance.get("model") or snn.provenance.get("source")
     made = f", converted from {_code(source)}" if source else ""
-    text = f"A spiking network{made} with the method {_code(label(snn.method))} of quickspike. It answers after T = {snn.steps} time steps."
+    text = f"A spiking network{made} with {_way(snn)} of quickspike. It answers after T = {snn.steps} time steps."
     if report is None or snn.steps not in report.accuracy:
         return text
     text += f" Accuracy after these: {report.accuracy[snn.steps]:.2f} % of {report.samples} images"
@@ -582,7 +588,7 @@ def _origin(snn: SpikingNetwork) -> str:
     parts = ["## How it was made", f"Method {_code(_method_name(snn))} with these options:"]
     parts.append(_settings(snn.method.get("options") or {}))
     for one in snn.method.get("refinements", ()):
-        parts += [f"Refined by {_code(one['name'])} with these options:", _settings(one["options"])]
+        parts += [f"Refined by {_code(str(one.get('name')))} with these options:", _settings(one.get("options") or {})]
     facts = {key: value for key, value in snn.provenance.items() if key not in ("made", "preprocessing")}
     if facts:
         parts += ["From these, with these versions:", _settings(facts)]

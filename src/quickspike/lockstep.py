@@ -6,21 +6,45 @@ Refinements correct a site as soon as it is reached, so that all layers behind i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from quickspike.conversion import SpikingNetwork
+from quickspike.data import ImageStream
 from quickspike.graph import Traced
 from quickspike.neuron import AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, unfold
 from quickspike.operators import MAX_POOLS
+from quickspike.options import option
+from quickspike.paper import Paper
+from quickspike.refinement import Refinement
 from quickspike.structure import Outputs, each, places
 
+SNN_CALIBRATION = Paper(
+    "Y. Li, S. Deng, X. Dong, R. Gong, S. Gu",
+    "A Free Lunch From ANN: Towards Efficient, Accurate Spiking Neural Networks Calibration",
+    2021,
+    "2106.06984",
+)
+"""Where corrections layer by layer come from."""
 Visit = Callable[[str, "Firing", Tensor, Tensor], Tensor]
 """(site, its neurons, their currents, what the source network gives there) to the currents that they shall get."""
+MOST_VALUES = 2**23
+"""Of the inputs of all steps that are simulated at once: 3 images of 224 x 224 pixels at T = 16, or more pixels of smaller ones."""
 Reduce = Callable[[Tensor], Tensor]
 """What is kept of the source network's values `[B, ...]` at a site."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction(Refinement):
+    """A refinement that goes through images in lockstep: how many, and how far it goes with each batch."""
+
+    images: int = option(1024, "calibration images that correct", unit="images", low=1)
+    batch: int = option(64, "of them in one batch; fewer where T or the images are large", unit="images", low=1)
+    passes: int = option(2, "times that they are gone through", low=1, high=1000)
+    rate: float = option(1.0, "share of a difference that a batch corrects", low=0, high=2, low_open=True)
 
 
 class Lockstep:
@@ -48,17 +72,29 @@ class Lockstep:
             outputs = _Visitor(self, recorder.found).run(images)
         return wanted, outputs if self.windows else each(lambda out: unfold(out, self.snn.steps).mean(0), outputs)
 
-    def over(self, batches: Iterable[Tensor], size: int, images: int) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-        """The same by place, see `structure.places`, for up to so many images, `size` of them at a time."""
+    def over(self, images: ImageStream, count: int, size: int) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """The same by place, see `structure.places`, for the first `count` images, up to `size` of them at a time.
+
+        Fewer at a time where their values at all steps would be too many.
+        """
         parameter = next(self.snn.network.parameters())
-        left = images
-        for batch in batches:
-            for part in torch.split(batch[:left], size):
-                wanted, given = self.run(part.to(parameter))
-                yield places(wanted), places(given)
-            left -= len(batch)
-            if left <= 0:
-                return
+        values = images.example.numel() * (1 if self.windows else self.snn.steps)
+        for batch in rebatched(images.some(count), min(size, max(1, MOST_VALUES // values))):
+            wanted, given = self.run(batch.to(parameter))
+            yield places(wanted), places(given)
+
+
+def rebatched(batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """The same samples in batches of `size`, the last one smaller."""
+    waiting: list[Tensor] = []
+    for batch in batches:
+        waiting.append(batch)
+        while sum(map(len, waiting)) >= size:
+            whole = torch.cat(waiting)
+            yield whole[:size]
+            waiting = [whole[size:]] if len(whole) > size else []
+    if waiting:
+        yield torch.cat(waiting)
 
 
 class Firing:

@@ -61,10 +61,9 @@ class Method(abc.ABC):
         validate(self)
         if not isinstance(self.refinements, tuple):
             raise OptionError(f"{self.name}: refinements must be a tuple of refinements, got {self.refinements!r}")
-        for place, one in enumerate(self.refinements):
+        for one in self.refinements:
             if not isinstance(one, Refinement):
                 raise OptionError(f"{self.name}: refinements must be such as quickspike.refinements holds, got {one!r}")
-            one.check(dataclasses.replace(self, refinements=self.refinements[:place]))
         if self.signed and self.pools_spikes:
             raise OptionError(
                 f"{self.name} takes the maximum of the spikes of single steps, which spikes of -1 would spoil; leave signed out"
@@ -82,11 +81,7 @@ class Method(abc.ABC):
             self._with(options)
 
     def __or__(self, other: Refinement) -> Method:
-        """This method followed by a refinement.
-
-        Raises:
-            OptionError: it cannot follow this method.
-        """
+        """This method followed by a refinement."""
         if not isinstance(other, Refinement):
             return NotImplemented
         return dataclasses.replace(self, refinements=(*self.refinements, other))

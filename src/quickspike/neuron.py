@@ -363,9 +363,13 @@ class Neuron(Timed):
     def mean_output(self, current: Tensor) -> Tensor:
         """The mean output over T steps, `[B, ...]`, under a current `[B, ...]` that is the same at every step.
 
-        Under such a current no spike is taken back.
+        Of signed neurons that start above theta, too: they may take spikes back.
         """
-        theta, _ = self.bounded()
+        theta, leak = self.bounded()
+        if self.signed:
+            rule = _Rule(self.steps, True, self.strict, self.surrogate)
+            out, _, _ = _signed_scan(current, self.initial * theta, None, theta, leak, self.height(theta), rule)
+            return unfold(out, self.steps).mean(0)
         return self._spikes_under(current, 1, torch.int32).to(current.dtype) * (self.height(theta) / self.steps)
 
     def _spikes_under(self, x: Tensor, divisor: int, kind: torch.dtype) -> Tensor:

@@ -204,7 +204,7 @@ def _functions() -> tuple[Function, ...]:
         Function("instance_norm", F.instance_norm, (F.instance_norm,), affine=False),
         Function("rms_norm", F.rms_norm, (F.rms_norm, torch.rms_norm), affine=False),
         analog("prelu", torch.prelu, F.prelu),
-        *(analog(name, getattr(torch, name)) for name in ("exp", "log", "sqrt", "rsqrt", "abs", "square", "erf")),
+        *(analog(name, getattr(torch, name)) for name in ("exp", "log", "sqrt", "rsqrt", "abs", "square", "erf", "round")),
         analog("pow", torch.pow, operator.pow, operator.ipow),
         *(Function(name, getattr(torch, name), (getattr(torch, name), name), affine=False) for name in ("amax", "amin", "logsumexp")),
         *(

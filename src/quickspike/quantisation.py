@@ -152,15 +152,11 @@ class _Quantiser(Regrading):
     def _round_image(self, image: fx.Node, bits: int) -> None:
         """Let everything read the image in whole numbers."""
         unit = LARGEST_VALUE / 2 ** (bits - 1)
-        # A sum with this number has no room for a fraction. Listed operators, which every other program has too.
-        large = 1.5 / torch.finfo(self.like.dtype).eps
         users = list(image.users)
         with self.module.graph.inserting_after(image):
             scaled = self.module.graph.call_function(operator.mul, (image, 1 / unit))
         with self.module.graph.inserting_after(scaled):
-            shifted = self.module.graph.call_function(operator.add, (scaled, large))
-        with self.module.graph.inserting_after(shifted):
-            whole = self.module.graph.call_function(operator.sub, (shifted, large))
+            whole = self.module.graph.call_function(torch.round, (scaled,))
         for user in users:
             user.replace_input_with(image, whole)
         whole.meta = dict(image.meta)

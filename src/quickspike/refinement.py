@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from quickspike.conversion import SpikingNetwork
     from quickspike.data import ImageStream
     from quickspike.graph import Traced
-    from quickspike.method import Method
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,16 +35,14 @@ class Refinement(abc.ABC):
     def __post_init__(self) -> None:
         validate(self)
 
-    def check(self, method: Method) -> None:  # noqa: B027 - a hook that may stay empty
-        """Raise OptionError if this cannot follow `method`, refinements that stand before it included."""
-
     @abc.abstractmethod
     def refine(self, snn: SpikingNetwork, ann: Traced, images: ImageStream) -> None:
         """Change the converted network in place.
 
         Args:
             snn: on the device of `ann`.
-            ann: the fitted network that it was made from; not modified.
+            ann: the fitted network that it was made from, with the method's activations: what the converted one is to give. Not
+                modified.
             images: without labels.
         """
 

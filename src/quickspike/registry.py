@@ -5,12 +5,19 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from importlib import metadata
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from quickspike.errors import ConversionError, OptionError, UnknownNameError
 from quickspike.options import options_of
 
-T = TypeVar("T")
+
+class Named(Protocol):
+    """What is registered."""
+
+    name: ClassVar[str]
+
+
+T = TypeVar("T", bound=Named)
 
 
 class Registry(Generic[T]):
@@ -32,11 +39,10 @@ class Registry(Generic[T]):
         Raises:
             ConversionError: another class has that name.
         """
-        name = _name(cls)
-        other = self._classes.get(name)
+        other = self._classes.get(cls.name)
         if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ConversionError(f"the {self.kind} name {name!r} is taken by {other.__module__}.{other.__qualname__}")
-        self._classes[name] = cls
+            raise ConversionError(f"the {self.kind} name {cls.name!r} is taken by {other.__module__}.{other.__qualname__}")
+        self._classes[cls.name] = cls
 
     def all(self) -> dict[str, type[T]]:
         """Every class by name, sorted."""
@@ -71,7 +77,3 @@ class Registry(Generic[T]):
             if key not in known:
                 raise OptionError(str(UnknownNameError(f"option of {name}", key, known)))
         return cls(**options)
-
-
-def _name(cls: type) -> str:
-    return str(cls.name)  # type: ignore[attr-defined]

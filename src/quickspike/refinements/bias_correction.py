@@ -6,6 +6,7 @@ Calibration", ICML 2021, arXiv 2106.06984 (light pipeline).
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,16 +17,18 @@ from quickspike.conversion import SpikingNetwork
 from quickspike.currents import add_current
 from quickspike.data import ImageStream
 from quickspike.graph import Traced
-from quickspike.lockstep import Firing, Lockstep, channel_means
+from quickspike.lockstep import SNN_CALIBRATION, Correction, Firing, Lockstep, channel_means
 from quickspike.options import option
 from quickspike.paper import Paper
-from quickspike.refinement import Refinement, refinement
+from quickspike.refinement import refinement
 from quickspike.structure import places
+
+logger = logging.getLogger(__name__)
 
 
 @refinement
 @dataclass(frozen=True, kw_only=True)
-class BiasCorrection(Refinement):
+class BiasCorrection(Correction):
     """Add to every channel's current what its mean output lacks, and to the readout what its mean lacks.
 
     Clipping, rounding and the order of spikes make the mean output of a channel differ from the source network's. On each
@@ -35,21 +38,12 @@ class BiasCorrection(Refinement):
 
     Differs from the paper, which corrects once on one batch: a neuron that is silent or saturated does not answer to a
     correction, so that one step leaves a part of the difference, and further batches close it. The readout, which the
-    paper leaves alone, is corrected too.
+    paper leaves alone, is corrected too; an output `[B]`, which has no channels, is not, with a warning.
     """
 
     name: ClassVar[str] = "bias_correction"
-    paper: ClassVar[Paper] = Paper(
-        "Y. Li, S. Deng, X. Dong, R. Gong, S. Gu",
-        "A Free Lunch From ANN: Towards Efficient, Accurate Spiking Neural Networks Calibration",
-        2021,
-        "2106.06984",
-    )
+    paper: ClassVar[Paper] = SNN_CALIBRATION
 
-    images: int = option(1024, "calibration images that correct", unit="images", low=1)
-    batch: int = option(64, "of them in one batch", unit="images", low=1)
-    passes: int = option(2, "times that they are gone through", low=1, high=1000)
-    rate: float = option(1.0, "share of a difference that a batch corrects", low=0, high=2, low_open=True)
     readout: bool = option(True, "correct the readout, too")
 
     def refine(self, snn: SpikingNetwork, ann: Traced, images: ImageStream) -> None:
@@ -64,15 +58,18 @@ class BiasCorrection(Refinement):
             sums[name] += lacking[name]
             return current + site.per_channel(lacking[name]).to(current)
 
-        both = Lockstep(snn, ann, channel_means, visit)
+        both, kept = Lockstep(snn, ann, channel_means, visit), set[str]()
         for _ in range(self.passes):
             sums = {name: torch.zeros_like(one) for name, one in lacking.items()}
             missing, axes, batches = dict[str, Tensor](), dict[str, int](), 0
-            for wanted, given in both.over(images, self.batch, self.images):
+            for wanted, given in both.over(images, self.images, self.batch):
                 batches += 1
                 for place, value in wanted.items():
                     axes[place] = value.ndim - 1
-                    if value.ndim > 1:
+                    if value.ndim == 1 and self.readout and place not in kept:
+                        logger.warning("bias_correction: the output%s has no channels, and keeps its mean", f" at {place}" if place else "")
+                        kept.add(place)
+                    elif value.ndim > 1:
                         missing[place] = channel_means(value) - channel_means(given[place]) + missing.get(place, 0)
         network = snn.network
         for name, site in sites.items():

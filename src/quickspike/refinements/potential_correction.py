@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from quickspike.conversion import SpikingNetwork
 from quickspike.data import ImageStream
 from quickspike.graph import Traced
-from quickspike.lockstep import Firing, Lockstep, channel_means
+from quickspike.lockstep import SNN_CALIBRATION, Correction, Firing, Lockstep, channel_means
 from quickspike.options import option
 from quickspike.paper import Paper
-from quickspike.refinement import Refinement, refinement
+from quickspike.refinement import refinement
 
 
 @refinement
 @dataclass(frozen=True, kw_only=True)
-class PotentialCorrection(Refinement):
+class PotentialCorrection(Correction):
     """Start every neuron higher by T times what its mean output lacks, layer by layer.
 
     On each batch v(0) <- v(0) + rate * T * (mean of the source network - mean of the spikes), means over samples and steps,
@@ -34,17 +34,8 @@ class PotentialCorrection(Refinement):
     """
 
     name: ClassVar[str] = "potential_correction"
-    paper: ClassVar[Paper] = Paper(
-        "Y. Li, S. Deng, X. Dong, R. Gong, S. Gu",
-        "A Free Lunch From ANN: Towards Efficient, Accurate Spiking Neural Networks Calibration",
-        2021,
-        "2106.06984",
-    )
+    paper: ClassVar[Paper] = SNN_CALIBRATION
 
-    images: int = option(1024, "calibration images that correct", unit="images", low=1)
-    batch: int = option(64, "of them in one batch", unit="images", low=1)
-    passes: int = option(1, "times that they are gone through", low=1, high=1000)
-    rate: float = option(0.5, "share of a difference that a batch corrects", low=0, high=2, low_open=True)
     granularity: Literal["neuron", "channel"] = option(
         "neuron", "a potential for every neuron (the paper's; images of one size, and no compiled loops) or one for a channel"
     )
@@ -68,7 +59,7 @@ class PotentialCorrection(Refinement):
         both = Lockstep(snn, ann, mean, visit)
         for _ in range(self.passes):
             sums: dict[str, Tensor] = {}
-            batches = sum(1 for _ in both.over(images, self.batch, self.images))
+            batches = sum(1 for _ in both.over(images, self.images, self.batch))
         for name, neuron in snn.neurons().items():
             neuron.initial = nn.Parameter((sums[name] / batches).to(neuron.initial), requires_grad=False)
 
