@@ -44,7 +44,7 @@ def test_only_the_sites_that_fit_differ() -> None:
 def test_every_declared_option_takes_effect_where_it_is_asked_for_and_nowhere_else() -> None:
     others: dict[str, Any] = {
         **{"ceiling": "percentile", "granularity": "layer", "scale": 0.7, "initial": 0.1, "synchronous": True, "signed": True},
-        **{"percentile": 50.0, "updates": 3, "rate": 0.2},
+        **{"percentile": 50.0, "updates": 3, "rate": 0.2, "fit_steps": 32},
     }
     needs = {"percentile": {"ceiling": "percentile"}, "updates": {"ceiling": "balanced"}, "rate": {"ceiling": "balanced", "updates": 20}}
     assert set(others) == set(ThresholdBalancing.per_site)
