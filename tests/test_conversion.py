@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import oracles
 import quickspike as qs
 from quickspike.activations import ClippedReLU
+from quickspike.anatomy import anatomy_of
 from quickspike.conversion import prepare, to_spiking
 from quickspike.data import ImageStream
 from quickspike.errors import ConversionError, DataError, OptionError
@@ -426,3 +427,27 @@ def test_rates_lie_between_0_and_1(name: str, dyadic: Make, dyadic_images: Image
 def test_an_unknown_site_is_named(dyadic: Make) -> None:
     with pytest.raises(ConversionError, match="conv1"):
         dyadic("chain").neuron("conv1")
+
+
+@pytest.mark.parametrize("use", ["call", "summed", "run", "in parts", "answer in parts", "operations", "anatomy", "evaluate"])
+def test_images_of_a_size_that_does_not_pass_are_refused_by_their_shape(use: str) -> None:
+    """The layers of torch would say that matrices do not fit."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5), nn.ReLU(), nn.Linear(5, 2)).eval()
+    snn = qs.convert(net, torch.rand(4, 3, 8, 8), steps=2)
+    if use == "summed":
+        snn = qs.accelerate(qs.quantise(snn.as_synchronous()).network, "count")
+    if use == "answer in parts":
+        snn.memory = "100MiB"
+    images = torch.rand(4, 3, 10, 10)
+    uses = {
+        "call": lambda: snn(images),
+        "summed": lambda: snn(images),
+        "run": lambda: snn.run(images),
+        "in parts": lambda: simulate(snn, images, memory="100MiB"),
+        "answer in parts": lambda: snn(images),
+        "operations": lambda: qs.count_operations(snn, images),
+        "anatomy": lambda: anatomy_of(snn, images),
+        "evaluate": lambda: qs.evaluate(snn, [(images, torch.zeros(4, dtype=torch.long))]),
+    }
+    with torch.no_grad(), pytest.raises(DataError, match=r"images of shape \[B, 3, 8, 8\] and cannot take \[4, 3, 10, 10\]: .*mat"):
+        uses[use]()

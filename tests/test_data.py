@@ -18,9 +18,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import quickspike as qs
-from quickspike.data import BATCH, NPZ_KEYS, DataSet, Images, ImageStream, image_batches, labelled_batches, load_data, mixed_order
+from quickspike.data import (
+    BATCH,
+    NPZ_KEYS,
+    DataSet,
+    Images,
+    ImageStream,
+    image_batches,
+    labelled_batches,
+    load_data,
+    mixed_order,
+    share_of,
+)
 from quickspike.errors import DataError, QuickspikeError, UnknownNameError
 from quickspike.preprocessing import PREPROCESSING, Preprocessing
+from quickspike.wrapped import Wrapped
 
 # The digits
 
@@ -771,3 +783,55 @@ def test_the_last_images_can_be_held_out_of_the_training_split(in_memory: bool, 
     for images in (size, size + 1, -1):
         with pytest.raises(DataError, match=f"{images} of {size} training images held out leave none to train on"):
             whole.without_last(images)
+
+
+class Noting(Dataset[tuple[Tensor, int]]):
+    """Ten images; notes which were read."""
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.read.append(index)
+        return torch.full((1, 2, 2), float(index)), index
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_process_reads_its_own_batches_alone(processes: int, wrapped: bool) -> None:
+    seen: list[tuple[int, list[int]]] = []
+    for rank in range(processes):
+        images = Noting()
+        source: Any = DataLoader(images, batch_size=3)
+        own = [(number, labels.tolist()) for number, _, labels in share_of(Wrapped(source) if wrapped else source, rank, processes)]  # type: ignore[union-attr]
+        assert images.read == [label for _, labels in own for label in labels]
+        seen += own
+    assert sorted(seen) == [(1, [0, 1, 2]), (2, [3, 4, 5]), (3, [6, 7, 8]), (4, [9])]
+
+
+@pytest.mark.parametrize("kind", ["tensor", "generator", "shuffled"])
+def test_other_sources_are_shared_out_batch_by_batch(kind: str) -> None:
+    """A loader that shuffles would deal every process another order; the processes' generators are seeded alike."""
+    seen = []
+    for rank in range(2):
+        torch.manual_seed(0)
+        source: Any = {
+            "tensor": torch.arange(2.0 * BATCH + 1).view(-1, 1),
+            "generator": (torch.full((2, 1), float(i)) for i in range(5)),
+            "shuffled": DataLoader(TensorDataset(torch.arange(9.0).view(-1, 1)), batch_size=2, shuffle=True),
+        }[kind]
+        seen += [(number, images) for number, images, _ in share_of(source, rank, 2)]
+    numbers = sorted(number for number, _ in seen)
+    assert numbers == list(range(1, len(numbers) + 1))
+    values = torch.cat([images for _, images in seen]).flatten().sort().values.tolist()
+    assert (
+        values
+        == {
+            "tensor": [float(i) for i in range(2 * BATCH + 1)],
+            "generator": [float(i // 2) for i in range(10)],
+            "shuffled": [float(i) for i in range(9)],
+        }[kind]
+    )

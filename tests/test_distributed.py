@@ -113,6 +113,16 @@ def work(fabric, out, snn):
         report = evaluate(qs.load(snn), data.loader("test", limit=limit), normed, (1, 2), fabric=fabric)
         found[name] = {key: report.to_json()[key] for key in ("samples", "accuracy", "agreement", "reference_accuracy", "rates")}
 
+    def spoiled():
+        images = torch.rand(40, 1, 8, 8)
+        for number in range(3):
+            # The second batch is the second process's.
+            yield images, torch.full((40,), 10 if number == 1 else 0)
+
+    try:
+        evaluate(qs.load(snn), spoiled(), fabric=fabric)
+    except QuickspikeError as error:
+        found["spoiled"] = str(error)
     recipe = Recipe(
         title="small",
         data="digits",
@@ -287,6 +297,13 @@ def test_a_loss_that_is_no_number_in_one_process_stops_all_with_its_diagnosis(on
     assert first["broken"] == second["broken"]
     for part in ("stage broken", "epoch 1, step 2", "the parameter 3.weight", "learning rate"):
         assert part in first["broken"]
+
+
+def test_a_batch_that_is_refused_in_one_process_stops_all(one: Any, two: Any) -> None:
+    (first, _), (second, _) = two
+    assert first["spoiled"] == "another process could not do its part, and says why"
+    assert second["spoiled"] == one[0]["spoiled"]
+    assert "evaluation batch 2: labels" in second["spoiled"]
 
 
 def test_processes_of_the_command_line_share_an_evaluation(folder: Path, tmp_path: Path) -> None:

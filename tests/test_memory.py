@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import quickspike as qs
-from quickspike.early_exit import Exit, margins
+from quickspike.early_exit import Exit, leads_of
 from quickspike.errors import OptionError
 from quickspike.memory import Parts, counter_type, in_bytes, keep_freed_memory, parts
 from quickspike.simulation import simulate
@@ -195,8 +195,8 @@ def test_counts_are_the_only_thing_that_grows() -> None:
 def test_samples_that_may_stop_keep_within_the_budget() -> None:
     snn, images = pictures()
     with torch.no_grad():
-        leads = margins(simulate(snn, images).logits)
-        exit = Exit(float(leads[5].median()), 0.0, 0.0)
+        leads = leads_of(simulate(snn, images).logits)
+        exit = Exit((float(leads[5].median()),) * (snn.steps - 1), 0.0, 0.0)
         whole = simulate(snn, images, exit=exit)
         found = simulate(snn, images, exit=exit, memory=2_000_000)
     assert found.stopped is not None

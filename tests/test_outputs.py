@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import quickspike as qs
-from quickspike.early_exit import Exit, margins
+from quickspike.early_exit import Exit, leads_of
 from quickspike.errors import DataError, OptionError, TraceError
 from quickspike.simulation import simulate
 from quickspike.structure import first, places, tensors
@@ -101,8 +101,8 @@ def test_every_way_to_simulate_gives_the_same(name: str) -> None:
 def test_an_early_exit_asks_the_first_and_stops_all() -> None:
     snn = converted(Several(GIVES["a tuple"]).eval(), 8)
     with torch.no_grad():
-        leads = margins(snn(IMAGES)[0])
-        full, early = snn.run(IMAGES), snn.run(IMAGES, exit=Exit(float(leads.median()), 4.0, 0.0))
+        leads = leads_of(snn(IMAGES)[0])
+        full, early = snn.run(IMAGES), snn.run(IMAGES, exit=Exit((float(leads.median()),) * 7, 4.0, 0.0))
     assert early.stopped is not None
     assert len(set(early.stopped.tolist())) > 1
     for whole, cut in zip(tensors(full.readouts), tensors(early.readouts), strict=True):
@@ -112,7 +112,7 @@ def test_an_early_exit_asks_the_first_and_stops_all() -> None:
 
 def test_an_early_exit_needs_classes() -> None:
     with pytest.raises(OptionError, match=r"an early exit needs logits \[B, K\], got \[12, 4, 8, 8\]"):
-        converted(Several(GIVES["one map"]).eval()).run(IMAGES, exit=Exit(0.1, 2.0, 0.0))
+        converted(Several(GIVES["one map"]).eval(), 2).run(IMAGES, exit=Exit((0.1,), 2.0, 0.0))
 
 
 @pytest.mark.parametrize(("engine", "synchronous"), [("fused", False), ("integer", False), ("count", True)])

@@ -104,7 +104,7 @@ def test_every_way_to_simulate_gives_the_same(pair: Pair, digits_test: tuple[Ten
         for run in (simulate(snn, images, step_by_step=True), simulate(snn, images, memory="300kB")):
             assert torch.allclose(run.logits, whole.logits, atol=1e-5)
             assert all(torch.equal(run.spikes[site], counts) for site, counts in whole.spikes.items())
-        early = snn.run(images, exit=Exit(2.0, 3.0, 0.1))
+        early = snn.run(images, exit=Exit((2.0,) * (snn.steps - 1), 3.0, 0.1))
         assert early.stopped is not None
         for sample, stopped in enumerate(early.stopped.tolist()):
             assert torch.allclose(early.logits[-1, sample], whole.logits[stopped - 1, sample], atol=1e-5)

@@ -161,11 +161,11 @@ def anatomy_of(snn: SpikingNetwork, data: Batches) -> Anatomy:
     with torch.inference_mode():
         for batch, _ in labelled_batches(data):
             for part in torch.split(batch, max(1, CHUNK // (batch[0].numel() * snn.steps))):
-                snn.check_input(part)
                 part = part.to(next(snn.parameters()))
                 spiking, plain = _Spiking(snn), _Plain(snn)
-                spiking.run(part)
-                plain.run(part)
+                with snn.taking(part):
+                    spiking.run(part)
+                    plain.run(part)
                 for node in snn.network.graph.nodes:
                     if node.op == "call_module" and str(node.target) in sums:
                         _add(sums[str(node.target)], snn, node, spiking, plain)

@@ -34,6 +34,7 @@ from quickspike.cli_options import (
 )
 from quickspike.console import Tracked, dump, print_json, show, track
 from quickspike.version import __version__
+from quickspike.wrapped import Wrapped
 
 if TYPE_CHECKING:
     from quickspike.method import Method
@@ -202,17 +203,11 @@ def _convert(model: str, data: DataOptions, settings: ConvertOptions, choices: S
         show(f"{ann.coverage}\n{label(snn.method)}, T = {snn.steps}, calibrated on {stream.samples} images: {settings.out}")
 
 
-class _Unlabelled:
-    """Batches without their labels, as often as they are wanted."""
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-
-    def __len__(self) -> int:
-        return len(self.loader)
+class _Unlabelled(Wrapped):
+    """Batches without their labels."""
 
     def __iter__(self) -> Iterator[Any]:
-        return (images for images, _ in self.loader)
+        return (images for images, _ in self.source)
 
 
 def evaluate(

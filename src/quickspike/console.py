@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from quickspike.wrapped import Wrapped
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.progress import Progress, TaskID
@@ -29,14 +31,15 @@ def print_json(data: Any) -> None:
     sys.stdout.write(dump(data))
 
 
-class Tracked:
+class Tracked(Wrapped):
     """An iterable of known length whose passes show a progress bar."""
 
     def __init__(self, items: Any, what: str) -> None:
-        self.items, self.what = items, what
+        super().__init__(items)
+        self.what = what
 
     def __iter__(self) -> Any:
-        return iter(track(self.items, self.what))
+        return iter(track(self.source, self.what))
 
 
 def track(items: Iterable[Any], what: str) -> Iterable[Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -75,8 +76,8 @@ class SpikingNetwork(nn.Module):
 
             return answer(self, images, self.memory)
         if self.summed:
-            self.check_input(images)
-            return self.network(images)
+            with self.taking(images):
+                return self.network(images)
         return each(lambda outputs: readout(outputs)[-1], self.outputs(images))
 
     def outputs(self, images: Tensor) -> Outputs:
@@ -87,12 +88,12 @@ class SpikingNetwork(nn.Module):
         """
         if self.summed:
             raise ConversionError("a network made for the count engine has no outputs at single steps; take the network it was made from")
-        self.check_input(images)
-        if self.chunk and self.chunk < self.steps:
-            from quickspike.simulation import outputs_in_chunks
+        with self.taking(images):
+            if self.chunk and self.chunk < self.steps:
+                from quickspike.simulation import outputs_in_chunks
 
-            return outputs_in_chunks(self, images, self.chunk)
-        return each(lambda outputs: unfold(outputs, self.steps), self.network(images))
+                return outputs_in_chunks(self, images, self.chunk)
+            return each(lambda outputs: unfold(outputs, self.steps), self.network(images))
 
     def run(self, images: Tensor, exit: Exit | None = None) -> Run:
         """Logits after every step and the spikes of every site; with `exit`, samples stop early. See `quickspike.simulation`."""
@@ -233,6 +234,20 @@ class SpikingNetwork(nn.Module):
             fits = ", ".join(map(str, expected))
             raise DataError(f"this network takes images of shape [{fits}], got {list(images.shape)}")
         check_sizes(images, self.provenance.get("sizes", ()))
+
+    @contextlib.contextmanager
+    def taking(self, images: Tensor) -> Iterator[None]:
+        """`check_input`, and a DataError instead of torch's own where images of another size than that converted with do not pass."""
+        self.check_input(images)
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or tuple(images.shape[1:]) == self.input_shape:
+                raise
+            fits, reason = ", ".join(map(str, ("B", *self.input_shape))), str(error).strip().splitlines()[0]
+            raise DataError(
+                f"this network was converted with images of shape [{fits}] and cannot take {list(images.shape)}: {reason}"
+            ) from error
 
     def extra_repr(self) -> str:
         return f"method={self.method.get('name')}, steps={self.steps}, sites={len(self.sites)}"

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler, Subset
 
 from quickspike.capture import check_batch
 from quickspike.errors import DataError, UnknownNameError
 from quickspike.preprocessing import PREPROCESSING, Preprocessing
+from quickspike.wrapped import Wrapped
 
 IMAGE_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x", "data")
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
@@ -50,6 +51,40 @@ def labelled_batches(source: Batches) -> Iterator[tuple[Tensor, Tensor | None]]:
             yield images, None if labels is None else torch.as_tensor(labels)
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(f"batch {number}: its labels are no whole numbers ({error})") from error
+
+
+def share_of(source: Batches, rank: int, processes: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """(number from 1 on, images, labels or None) of every batch that one of several processes takes: in turn, the first takes the first.
+
+    A DataLoader reads nothing of the others where that changes nothing: where its samples come in their order.
+
+    Raises:
+        DataError: see `labelled_batches`.
+    """
+    if processes > 1 and _in_order(source):
+        for i, batch in enumerate(labelled_batches(_every(source, rank, processes))):
+            yield rank + 1 + i * processes, *batch
+        return
+    for number, batch in enumerate(labelled_batches(source), 1):
+        if (number - 1) % processes == rank:
+            yield number, *batch
+
+
+def _in_order(source: Any) -> bool:
+    while isinstance(source, Wrapped):
+        source = source.source
+    return type(source) is DataLoader and type(source.batch_sampler) is BatchSampler and type(source.sampler) is SequentialSampler
+
+
+def _every(source: Any, start: int, step: int) -> Any:
+    """Every `step`-th batch of a source that is `_in_order`, without reading the others."""
+    if isinstance(source, Wrapped):
+        part = copy.copy(source)
+        part.source = _every(source.source, start, step)
+        return part
+    batches = list(itertools.islice(source.batch_sampler, start, None, step))
+    how = {name: getattr(source, name) for name in ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn")}
+    return DataLoader(source.dataset, batch_sampler=batches, **how)
 
 
 def _raw_batches(source: Batches) -> Iterator[tuple[Any, Any]]:

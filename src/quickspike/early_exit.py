@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -21,26 +21,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Exit:
-    """A sample stops at the first step at which its margin, the lead of the largest mean logit, reaches `margin`."""
+    """A sample stops at the first step whose margin its lead, largest minus second-largest mean logit, reaches."""
 
-    margin: float
+    margins: tuple[float, ...]
+    """One for every step before the last; infinity where no sample stops."""
     expected_steps: float
     """Mean steps on the images that it was calibrated on."""
     expected_loss: float
     """Accuracy that it cost there, in percentage points."""
 
-    def decided(self, logits: Tensor) -> Tensor:
-        """Which samples may stop, `[B]`, by their readout `[B, K]`.
+    def until(self, step: int) -> int:
+        """The first step after `step` at which samples may stop; the last one if there is none."""
+        return next((t for t in range(step + 1, len(self.margins) + 1) if self.margins[t - 1] < math.inf), len(self.margins) + 1)
+
+    def decided(self, logits: Tensor, step: int) -> Tensor:
+        """Which samples may stop after `step` < T, `[B]`, by their readout `[B, K]`.
 
         Raises:
             OptionError: the readout is something else.
         """
         if logits.ndim != 2:
             raise OptionError(f"an early exit needs logits [B, K], got {list(logits.shape)}")
-        return margins(logits) >= self.margin
+        return leads_of(logits) >= self.margins[step - 1]
+
+    def check(self, snn: SpikingNetwork) -> None:
+        """Raise OptionError unless the margins were set for the steps of `snn`, which has an answer after each."""
+        check_exit(snn)
+        if len(self.margins) != snn.steps - 1:
+            raise OptionError(f"the margins of this exit were set for T = {len(self.margins) + 1}; the network runs {snn.steps} steps")
 
 
-def margins(logits: Tensor) -> Tensor:
+def leads_of(logits: Tensor) -> Tensor:
     """Largest minus second-largest logit, `[..., K]` to `[...]`.
 
     Raises:
@@ -53,7 +64,7 @@ def margins(logits: Tensor) -> Tensor:
 
 
 def calibrate_exit(snn: SpikingNetwork, data: Batches, loss: float = 0.1) -> Exit:
-    """The smallest margin that costs at most `loss` points of accuracy.
+    """The margins of least mean steps that cost at most `loss` points of accuracy on `data`.
 
     Args:
         snn: streaming, so that it has an answer after every step.
@@ -74,8 +85,8 @@ class Saving:
 
     loss: float
     """Percentage points that it was allowed to cost on the held-out images."""
-    margin: float | None
-    """At which a sample stops; None where no margin saves a step at that loss."""
+    margins: tuple[float | None, ...]
+    """At which a sample stops, for every step before the last; None where none does."""
     steps: float
     """Mean number of steps."""
     accuracy: float
@@ -100,10 +111,11 @@ def savings(snn: SpikingNetwork, held_out: Batches, test: Batches, losses: Seque
     known, (right, leads) = answers(snn, held_out), answers(snn, test)
     rows = []
     for loss in losses:
-        margin = choose(*known, loss).margin
-        stops = stop_steps(leads, margin)
+        margins = choose(*known, loss).margins
+        stops = stop_steps(leads, margins)
         accuracy = 100 * float(right.gather(0, stops[None]).double().mean())
-        rows.append(Saving(loss, margin if math.isfinite(margin) else None, float((stops + 1).double().mean()), accuracy))
+        finite = tuple(margin if math.isfinite(margin) else None for margin in margins)
+        rows.append(Saving(loss, finite, float((stops + 1).double().mean()), accuracy))
     return tuple(rows)
 
 
@@ -120,7 +132,7 @@ def check_exit(snn: SpikingNetwork) -> None:
 
 
 def answers(snn: SpikingNetwork, data: Batches) -> tuple[Tensor, Tensor]:
-    """(whether the answer after each step is right, its margin), both `[T, N]`; see `calibrate_exit`."""
+    """(whether the answer after each step is right, its lead), both `[T, N]`; see `calibrate_exit`."""
     check_exit(snn)
     right, leads = [], []
     with torch.inference_mode():
@@ -128,44 +140,73 @@ def answers(snn: SpikingNetwork, data: Batches) -> tuple[Tensor, Tensor]:
             check_labels(images, labels, number)
             logits = simulate(snn, images.to(next(snn.parameters()))).logits
             right.append((logits.argmax(2) == cast(Tensor, labels).to(logits.device)).cpu())
-            leads.append(margins(logits).cpu())
+            leads.append(leads_of(logits).cpu())
     if not right:
         raise DataError("there are no images to calibrate the exit on")
     return torch.cat(right, 1), torch.cat(leads, 1)
 
 
+LEVELS = 64
+"""Shares of wrongly stopped samples that are tried."""
+
+
 def choose(right: Tensor, leads: Tensor, loss: float) -> Exit:
     """See `calibrate_exit`.
 
+    Three families are tried, and the fastest member that keeps the loss is taken. The lead that decides is another one early
+    than late, so margins of their own for every step come first: at each, as small as the samples still running allow if
+    of those that stop there at most a given share is to lose the answer that it would have had at the end. One margin for
+    all steps, and one step at which all stop, are the others.
+
     Args:
         right: whether the answer after each step is right, `[T, N]`.
-        leads: margins after each step, `[T, N]`.
+        leads: leads after each step, `[T, N]`.
         loss: in percentage points.
     """
     steps, samples = right.shape
     full = int(right[-1].sum())
     allowed = full - loss / 100 * samples
-    best = Exit(float("inf"), float(steps), 0.0)
-    for margin in sorted(set(candidates(leads)), reverse=True):
-        stops = stop_steps(leads, margin)
+    best = Exit((math.inf,) * (steps - 1), float(steps), 0.0)
+    for margins in _candidates(right, leads):
+        stops = stop_steps(leads, margins)
         kept = int(right.gather(0, stops[None])[0].sum())
         mean = float((stops + 1).double().mean())
         if kept >= allowed and mean < best.expected_steps:
-            best = Exit(margin, mean, 100 * (full - kept) / samples)
+            best = Exit(margins, mean, 100 * (full - kept) / samples)
     return best
 
 
-def candidates(leads: Tensor) -> Sequence[float]:
-    """Margins to try: at most 512 of those that occur before the last step."""
+def _candidates(right: Tensor, leads: Tensor) -> Iterator[tuple[float, ...]]:
+    steps, samples = right.shape
+    if steps == 1:
+        return
+    for level in torch.logspace(-math.log10(2 * samples), 0, LEVELS, dtype=torch.float64).tolist():
+        yield _margins(right, leads, level)
+    for step in range(1, steps):
+        yield tuple(-math.inf if t == step else math.inf for t in range(1, steps))
     values = leads[:-1].flatten().double().sort().values
-    if not len(values):
-        return []
-    places = torch.linspace(0, len(values) - 1, min(512, len(values))).long()
-    return [float(value) for value in values[places]]
+    for place in torch.linspace(0, len(values) - 1, min(256, len(values))).long().tolist():
+        yield (float(values[place]),) * (steps - 1)
 
 
-def stop_steps(leads: Tensor, margin: float) -> Tensor:
-    """Index of the step at which each sample stops, `[N]`: the first whose margin reaches it, else the last."""
-    reached = leads >= margin
-    reached[-1] = True
+def _margins(right: Tensor, leads: Tensor, level: float) -> tuple[float, ...]:
+    """At every step the smallest margin at which at most a share `level` of the samples that stop there loses by it."""
+    running, found = torch.arange(right.shape[1]), list[float]()
+    for step in range(len(right) - 1):
+        lead, order = leads[step, running].double().sort(descending=True)
+        lost = (right[-1, running].int() - right[step, running].int())[order].cumsum(0)
+        # As if one more were lost: of few samples that stop, none lost says little.
+        share = (lost + 1) / torch.arange(2, len(order) + 2)
+        # A margin cannot tell samples of the same lead apart.
+        whole = torch.ones_like(share, dtype=torch.bool)
+        whole[:-1] = lead[:-1] > lead[1:]
+        last = ((share <= level) & whole).nonzero().flatten()
+        found.append(float(lead[last[-1]]) if len(last) else math.inf)
+        running = running[leads[step, running].double() < found[-1]]
+    return tuple(found)
+
+
+def stop_steps(leads: Tensor, margins: Sequence[float]) -> Tensor:
+    """Index of the step at which each sample stops, `[N]`: the first whose lead `[T, N]` reaches its margin, else the last."""
+    reached = leads >= torch.tensor([*margins, -math.inf], dtype=torch.float64)[:, None]
     return reached.int().argmax(0)

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from quickspike.anatomy import Anatomy, SiteAnatomy, anatomy_of
 from quickspike.capture import check_batch, copy_of
 from quickspike.conversion import SpikingNetwork
-from quickspike.data import Batches, labelled_batches
-from quickspike.errors import DataError, OptionError
+from quickspike.data import Batches, share_of
+from quickspike.errors import DataError, OptionError, QuickspikeError
 from quickspike.memory import in_bytes, keep_freed_memory
 from quickspike.processor import warn_of_slow
 from quickspike.provenance import machine, versions
@@ -151,7 +151,8 @@ def evaluate(
         engine_precision: of the layers that read spikes (engine=fused): fp32 or bf16.
         memory: what a simulation may take, in bytes or as "2GiB"; None for what `snn.memory` says.
         anatomy: images, the first of `data`, on which the error of every layer is split into its sources (`Report.layers`), at the
-            largest number of steps; 0 for none. It looks into `snn`, also where an engine is measured.
+            largest number of steps; 0 for none. It looks into `snn`, also where an engine is measured. Of several processes
+            each does so with images of its own share.
 
     Raises:
         DataError: neither labels nor a reference, labels out of range, no images, or images that do not fit.
@@ -182,14 +183,12 @@ def evaluate(
     source = None if reference is None else fabric.to_device(copy_of(reference))
     tally, some, missing = _Tally(networks, source), list[Tensor](), anatomy
     started = time.perf_counter()
-    with torch.inference_mode(), contextlib.nullcontext() if single else fabric.autocast():
-        for number, (images, labels) in enumerate(labelled_batches(data), 1):
+    with torch.inference_mode(), contextlib.nullcontext() if single else fabric.autocast(), together(fabric):
+        for number, images, labels in share_of(data, fabric.global_rank, fabric.world_size):
             check_labels(images, labels, number, needed=source is None)
             if missing:
                 some.append(images[:missing])
                 missing -= len(some[-1])
-            if number % fabric.world_size != fabric.global_rank:
-                continue
             tally.add(fabric.to_device(images), None if labels is None else fabric.to_device(labels), number)
     tally.share(fabric)
     if tally.samples == 0:
@@ -211,6 +210,22 @@ def evaluate(
     return replace(report, anatomy=anatomy_of(whole, some))
 
 
+@contextlib.contextmanager
+def together(fabric: Fabric) -> Iterator[None]:
+    """What one process cannot do, none goes on from: the others would wait for its share for ever.
+
+    Raises:
+        DataError: another process could not; that one raises what it found.
+    """
+    try:
+        yield
+    except QuickspikeError:
+        summed(fabric, [1])
+        raise
+    if summed(fabric, [0]) != [0]:
+        raise DataError("another process could not do its part, and says why")
+
+
 def summed(fabric: Fabric, numbers: Sequence[int]) -> list[int]:
     """Each number added up over all processes."""
     total = fabric.all_reduce(torch.tensor(numbers, dtype=torch.int64, device=fabric.device), reduce_op="sum")
@@ -225,13 +240,12 @@ def accuracy_of(network: nn.Module, data: Batches, fabric: Fabric) -> float:
     """
     network = fabric.to_device(copy_of(network))
     right, count = 0, 0
-    with torch.inference_mode():
-        for number, (images, labels) in enumerate(labelled_batches(data), 1):
+    with torch.inference_mode(), together(fabric):
+        for number, images, labels in share_of(data, fabric.global_rank, fabric.world_size):
             check_labels(images, labels, number)
-            if number % fabric.world_size == fabric.global_rank:
-                answers = first(_fitting(partial(network, fabric.to_device(images)), "the network", images, number)).argmax(1)
-                right += int((answers == fabric.to_device(labels)).sum())
-                count += answers.numel()
+            answers = first(_fitting(partial(network, fabric.to_device(images)), "the network", images, number)).argmax(1)
+            right += int((answers == fabric.to_device(labels)).sum())
+            count += answers.numel()
     right, count = summed(fabric, [right, count])
     if count == 0:
         raise DataError("the evaluation data is empty; give at least one batch of (images, labels)")

@@ -111,9 +111,9 @@ def count_operations(snn: SpikingNetwork, data: Batches, first: First = "once") 
         for batch, _ in labelled_batches(data):
             size = max(1, CHUNK // (batch[0].numel() * snn.steps))
             for part in torch.split(batch, size):
-                snn.check_input(part)
                 counter = _Counter(snn, first)
-                counter.run(part.to(next(snn.parameters())))
+                with snn.taking(part):
+                    counter.run(part.to(next(snn.parameters())))
                 for row, counts in counter.rows.items():
                     known = totals.setdefault(row, dict.fromkeys(counts, 0.0))
                     for field, value in counts.items():

@@ -72,26 +72,31 @@ def simulate(
     Raises:
         DataError: the images do not fit the network.
         ConversionError: the network has no answer after single steps.
-        OptionError: one step of one sample does not fit into the memory.
+        OptionError: the exit was set for another number of steps, layers wait for whole windows while samples are to exit, or one
+            step of one sample does not fit into the memory.
     """
-    snn.check_input(images)
     single = step_by_step or exit is not None
     if single and snn.summed:
         raise ConversionError("a network made for the count engine has no steps; simulate the network it was made from")
-    run: Callable[[SpikingNetwork, Tensor], Run] = partial(_step_by_step, exit=exit) if single else _layer_by_layer
+    if exit is not None:
+        exit.check(snn)
     budget = memory if memory is not None else snn.memory
-    if budget is None:
-        return run(snn, images)
-    size = parts(snn, images, in_bytes(budget), step_by_step=single)
-    if not single and size.steps < snn.steps:
-        run = partial(_in_time, steps=size.steps)
-    readouts, spikes, stopped = _Joined(len(images), 1), _Joined(len(images)), _Joined(len(images))
-    for part in torch.split(images, size.samples):
-        one = run(snn, part)
-        readouts.add(one.readouts)
-        spikes.add(one.spikes)
-        stopped.add(one.stopped)
-    return Run(readouts.whole, spikes.whole, stopped.whole)
+    # Within a budget, memory is counted for one step at a time.
+    at_once = 1 if budget is not None else snn.steps
+    run: Callable[[SpikingNetwork, Tensor], Run] = partial(_step_by_step, exit=exit, at_once=at_once) if single else _layer_by_layer
+    with snn.taking(images):
+        if budget is None:
+            return run(snn, images)
+        size = parts(snn, images, in_bytes(budget), step_by_step=single)
+        if not single and size.steps < snn.steps:
+            run = partial(_in_time, steps=size.steps)
+        readouts, spikes, stopped = _Joined(len(images), 1), _Joined(len(images)), _Joined(len(images))
+        for part in torch.split(images, size.samples):
+            one = run(snn, part)
+            readouts.add(one.readouts)
+            spikes.add(one.spikes)
+            stopped.add(one.stopped)
+        return Run(readouts.whole, spikes.whole, stopped.whole)
 
 
 def answer(snn: SpikingNetwork, images: Tensor, memory: str | int) -> Outputs:
@@ -106,12 +111,12 @@ def answer(snn: SpikingNetwork, images: Tensor, memory: str | int) -> Outputs:
         DataError: the images do not fit the network.
         OptionError: one step of one sample does not fit into the memory.
     """
-    snn.check_input(images)
-    size = parts(snn, images, in_bytes(memory), counted=False)
-    answers = _Joined(len(images))
-    for part in torch.split(images, size.samples):
-        answers.add(_answer(snn, part, size.steps))
-    return answers.whole
+    with snn.taking(images):
+        size = parts(snn, images, in_bytes(memory), counted=False)
+        answers = _Joined(len(images))
+        for part in torch.split(images, size.samples):
+            answers.add(_answer(snn, part, size.steps))
+        return answers.whole
 
 
 class _Joined:
@@ -236,26 +241,29 @@ class _Part(fx.Interpreter):
         return out
 
 
-def _step_by_step(snn: SpikingNetwork, images: Tensor, exit: Exit | None = None) -> Run:
+def _step_by_step(snn: SpikingNetwork, images: Tensor, exit: Exit | None = None, at_once: int = 1) -> Run:
+    """One step at a time; with an exit up to `at_once` of them, as long as no sample may stop."""
     running, states, constants = torch.arange(len(images), device=images.device), dict[str, Any](), _constants(snn, images)
     stopped = torch.full_like(running, snn.steps)
-    readouts, spikes, totals = list[Outputs](), dict[str, Tensor](), None
-    for step in range(1, snn.steps + 1):
-        part = _Part(snn, states, 1, counted=True)
+    readouts, spikes, totals, step = list[Outputs](), dict[str, Tensor](), None, 0
+    while step < snn.steps:
+        count = 1 if exit is None else min(exit.until(step) - step, at_once)
+        part = _Part(snn, states, count, counted=True)
         # Its own from now on: potentials of the last step are let go layer by layer.
         states = part.states
-        out = part.run(images, initial_env=dict(constants))
-        totals = each(lambda one, *total: _added(one[None], *total), out, *([] if totals is None else [totals]))
-        mean = each(partial(_mean, steps=step), totals, out)
-        if len(running) == len(stopped):
-            readouts.append(mean)
-        else:
-            readouts.append(each(partial(_put, running), readouts[-1], mean))
+        outputs = each(partial(unfold, steps=count), part.run(images, initial_env=dict(constants)))
         for site, fired in part.fired.items():
-            spikes[site] = fired if step == 1 else spikes[site].index_add_(0, running, fired)
+            spikes[site] = fired if step == 0 else spikes[site].index_add_(0, running, fired)
+        for i in range(count):
+            step += 1
+            out = each(itemgetter(i), outputs)
+            totals = each(lambda one, *total: _added(one[None], *total), out, *([] if totals is None else [totals]))
+            mean = each(partial(_mean, steps=step), totals, out)
+            whole = len(running) == len(stopped)
+            readouts.append(mean if whole else each(partial(_put, running), readouts[-1], mean))
         if exit is None or step == snn.steps:
             continue
-        decided = exit.decided(first(mean))
+        decided = exit.decided(first(mean), step)
         if not bool(decided.any()):
             continue
         stopped[running[decided]] = step
