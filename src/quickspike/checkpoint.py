@@ -27,6 +27,7 @@ from quickspike.files import whole_file
 from quickspike.graph import Site
 from quickspike.neuron import MAX_STEPS, AccumulatedMaxPool, Increment, Neuron, NeuronParameters, Repeat, RunningMean, Surrogate
 from quickspike.operators import ANALOG_LAYERS, FUNCTION_NAMES, FUNCTIONS, LAYERS, MAX_POOLS, layer_arguments
+from quickspike.rehearsal import AfterRehearsal, RehearsedNeuron
 
 FORMAT = 1
 """Version of the file format; a reader refuses a newer one."""
@@ -106,7 +107,11 @@ def _layer_to_json(layer: nn.Module) -> dict[str, Any]:
         arguments: dict[str, Any] = {"constant_input": layer.constant_input, "scaled": layer.scaled, "strict": layer.strict}
         arguments["averaged"] = layer.averaged
         arguments |= {flag: True for flag in ("signed", "to_zero") if getattr(layer, flag)}
+        if isinstance(layer, RehearsedNeuron):
+            arguments |= {"rehearsal": {"kind": layer.kind, "steps": layer.rehearsal}}
         return {"type": "Neuron", "arguments": arguments | {"surrogate": dataclasses.asdict(layer.surrogate)}}
+    if isinstance(layer, AfterRehearsal):
+        return {"type": "AfterRehearsal", "arguments": {"rehearsal": layer.rehearsal}}
     if type(layer).__name__ in _PLAIN_TIMED:
         return {"type": type(layer).__name__, "arguments": {}}
     if isinstance(layer, AccumulatedMaxPool):
@@ -275,11 +280,15 @@ def _layer_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor], ste
         # Flags that came later are left out where they are false, and so they are in files from before.
         later = dict.fromkeys(("averaged", "signed", "to_zero"), False)
         flags = {flag: _flag({**later, **arguments}, flag) for flag in ("scaled", "strict", *later)}
-        neuron = Neuron(NeuronParameters(torch.ones(()), **flags), steps, _flag(arguments, "constant_input"), surrogate)
+        made = (NeuronParameters(torch.ones(()), **flags), steps, _flag(arguments, "constant_input"), surrogate)
+        first = arguments.get("rehearsal")
+        neuron = Neuron(*made) if first is None else RehearsedNeuron(*made, kind=first["kind"], rehearsal=first["steps"])
         # Past the checks of NeuronParameters: training may have left a threshold below 0, where it acts as the smallest.
         for key, tensor in _exactly(tensors, _NEURON_TENSORS, name).items():
             neuron.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
         return neuron
+    if kind == "AfterRehearsal":
+        return AfterRehearsal(steps, arguments["rehearsal"])
     if kind in _PLAIN_TIMED:
         return _PLAIN_TIMED[kind](steps)
     if kind == "AccumulatedMaxPool":

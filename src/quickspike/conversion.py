@@ -124,23 +124,18 @@ class SpikingNetwork(nn.Module):
 
     @property
     def latency(self) -> int:
-        """Steps until the last output is there: T, and T more for every averaged neuron on the longest way through.
-
-        A window of one step is over at once: at T = 1 averaged neurons are streaming ones.
-        """
-        if self.steps == 1:
-            return 1
+        """Steps until the last output is there: T, and the delays of the neurons on the longest way through."""
         waits: dict[fx.Node, int] = {}
         for node in self.network.graph.nodes:
             layer = self.network.get_submodule(str(node.target)) if node.op == "call_module" else None
-            own = isinstance(layer, Neuron) and layer.averaged and not layer.constant_input
+            own = layer.delay if isinstance(layer, Neuron) else 0
             waits[node] = max((waits[parent] for parent in node.all_input_nodes), default=0) + own
-        return self.steps * (1 + max(waits.values()))
+        return self.steps + max(waits.values())
 
     @property
     def synchronous(self) -> bool:
-        """True if layers wait for the whole window of the layer before, so that T cannot be cut short."""
-        return any(neuron.averaged for neuron in self.neurons().values())
+        """True if layers wait for steps of the layer before, so that T cannot be cut short."""
+        return any(neuron.waits for neuron in self.neurons().values())
 
     def as_synchronous(self) -> SpikingNetwork:
         """A copy whose layers wait for the whole window of the one before; neurons that turn pixels into spikes do not."""

@@ -14,12 +14,14 @@ from torch import Tensor, fx, nn
 
 from quickspike.conversion import SpikingNetwork
 from quickspike.data import ImageStream
+from quickspike.errors import OptionError
 from quickspike.graph import Traced
 from quickspike.neuron import AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, unfold
 from quickspike.operators import MAX_POOLS
 from quickspike.options import option
 from quickspike.paper import Paper
 from quickspike.refinement import Refinement
+from quickspike.rehearsal import RehearsedNeuron, rehearsed
 from quickspike.structure import Outputs, each, places
 
 SNN_CALIBRATION = Paper(
@@ -55,6 +57,9 @@ class Lockstep:
         ann: what it was made from.
         reduce: keeps of every site's values in the source network what `visit` needs; all of them would fill the memory.
         visit: is called at every site.
+
+    Raises:
+        OptionError: a part of the steps counts for no answer.
     """
 
     def __init__(self, snn: SpikingNetwork, ann: Traced, reduce: Reduce, visit: Visit) -> None:
@@ -62,7 +67,10 @@ class Lockstep:
         # Where every layer waits for a mean, that mean is all that counts of T steps, but where pools look at single spikes.
         layers = (snn.network.get_submodule(str(node.target)) for node in snn.network.graph.nodes if node.op == "call_module")
         pooled = any(type(layer) in MAX_POOLS for layer in layers)
-        self.windows = not pooled and all(neuron.averaged or neuron.constant_input for neuron in snn.neurons().values())
+        plain = not pooled and not any(rehearsed(snn))
+        self.windows = plain and all(neuron.averaged or neuron.constant_input for neuron in snn.neurons().values())
+        if any(isinstance(neuron, RehearsedNeuron) and neuron.kind == "mask" for neuron in snn.neurons().values()):
+            raise OptionError("residual_mask lets no mean over all steps speak for the answer; write corrections in front of it")
 
     def run(self, images: Tensor) -> tuple[Outputs, Outputs]:
         """(what the source network gives, the spiking network's readout after T steps), both `[B, K]`."""

@@ -168,7 +168,7 @@ class _Alive(fx.Interpreter):
             self.demand.neurons += args[0].numel()
         if self.summed or not isinstance(layer, Timed):
             return super().call_module(target, args, kwargs)
-        if isinstance(layer, Neuron) and layer.averaged:
+        if isinstance(layer, Neuron) and layer.waits:
             # It waits for all steps, so it cannot run one; and it keeps nothing between steps.
             return torch.zeros_like(args[0], dtype=layer.output)
         out, state = layer.scan(args[0], None, 1)

@@ -111,7 +111,7 @@ class _Scan(torch.autograd.Function):
         out = torch.empty(shape, dtype=current.dtype, device=current.device, memory_format=_format(current))
         slots = out.view(rule.steps, batch, *current.shape[1:])
         m = v
-        for slot, m in zip(slots, _potentials(current, v, theta, leak, rule), strict=True):
+        for slot, m in zip(slots, potentials(current, v, theta, leak, rule), strict=True):
             slot.copy_(rule.fire(m, theta) * amplitude)
         return out, rule.reset(m, theta)
 
@@ -119,14 +119,14 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         current, before, theta, leak, amplitude = ctx.saved_tensors
         rule: _Rule = ctx.rule
-        potentials = list(_potentials(current, before, theta, leak, rule))
+        reached = list(potentials(current, before, theta, leak, rule))
         g = unfold(gradients[0], rule.steps)
         need_current, need_v, need_theta, need_leak, need_amplitude, _ = ctx.needs_input_grad
         to_theta, to_leak, to_amplitude = (torch.zeros_like(parameter) for parameter in (theta, leak, amplitude))
         dv = gradients[1]
         parts: list[Tensor] = []
         for t in reversed(range(rule.steps)):
-            m, gt = potentials[t], g[t].to(dv.dtype)
+            m, gt = reached[t], g[t].to(dv.dtype)
             s = rule.fire(m, theta).to(dv.dtype)
             e = (gt if rule.surrogate.unscaled else gt * amplitude) * rule.surrogate.derivative(m / theta - 1) / theta
             dm = dv * (1 - s) + e if rule.to_zero else dv + e
@@ -135,7 +135,7 @@ class _Scan(torch.autograd.Function):
             if need_amplitude:
                 to_amplitude += reduced(gt if rule.surrogate.unscaled else gt * s, amplitude)
             if need_leak:
-                earlier = potentials[t - 1]
+                earlier = reached[t - 1]
                 v = before if t == 0 else rule.reset(earlier, theta)
                 to_leak += reduced(dm * v, leak)
             parts.append(dm)
@@ -153,7 +153,7 @@ class _Scan(torch.autograd.Function):
         )
 
 
-def _potentials(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, rule: _Rule) -> Iterator[Tensor]:
+def potentials(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, rule: _Rule) -> Iterator[Tensor]:
     """m(t), the potential before the reset, for t = 1..T."""
     inputs = current.expand(rule.steps, *current.shape) if rule.constant else unfold(current, rule.steps)
     # Half-precision currents of autocast are integrated in the precision of the thresholds.
@@ -345,7 +345,7 @@ class Neuron(Timed):
         x, constant = self._currents(x, self.steps)
         theta, leak = self.bounded()
         initial, amplitude = self.initial * theta, self.height(theta)
-        rule = _Rule(self.steps, constant, self.strict, self.surrogate, self.to_zero)
+        rule = self.rule(self.steps, constant)
         # The compiled loops know reset by subtraction only.
         parameters = (initial, theta, leak, amplitude)
         compiled = self.compiled and not self.to_zero and kernels.applies(x, parameters, self.steps, self.surrogate.shape)
@@ -367,7 +367,7 @@ class Neuron(Timed):
         """
         theta, leak = self.bounded()
         if self.signed:
-            rule = _Rule(self.steps, True, self.strict, self.surrogate)
+            rule = self.rule(self.steps, True)
             out, _, _ = _signed_scan(current, self.initial * theta, None, theta, leak, self.height(theta), rule)
             return unfold(out, self.steps).mean(0)
         return self._spikes_under(current, 1, torch.int32).to(current.dtype) * (self.height(theta) / self.steps)
@@ -376,7 +376,7 @@ class Neuron(Timed):
         """Spikes in T steps under the constant current x/divisor."""
         theta, leak = self.bounded()
         v = self.initial * theta
-        rule = _Rule(self.steps, True, self.strict, self.surrogate, self.to_zero)
+        rule = self.rule(self.steps, True)
         if self.compiled and not self.to_zero and kernels.applies(x, (v, theta, leak), self.steps, self.surrogate.shape):
             return kernels.count(x, v, theta, leak, rule, divisor, kind)
         out, _ = _Scan.apply(x / divisor, v, theta, leak, torch.ones_like(theta), rule)
@@ -387,7 +387,7 @@ class Neuron(Timed):
         theta, leak = self.bounded()
         v, mask, left = state or (None, None, None)
         initial, amplitude = self.initial * theta, self.height(theta)
-        rule = _Rule(steps, constant, self.strict, self.surrogate, self.to_zero)
+        rule = self.rule(steps, constant)
         learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, theta, leak, amplitude))
         compiled = self.compiled and not learning and not self.to_zero
         compiled = compiled and kernels.applies(x, (initial, theta, leak, amplitude), steps, self.surrogate.shape)
@@ -417,6 +417,20 @@ class Neuron(Timed):
         self._check_whole(steps)
         return (x if self.constant_input else unfold(x, steps).mean(0)), True
 
+    def rule(self, steps: int, constant: bool) -> _Rule:
+        """What of these neurons is no tensor, for some steps; `constant` if currents are the same at all of them."""
+        return _Rule(steps, constant, self.strict, self.surrogate, self.to_zero)
+
+    @property
+    def waits(self) -> bool:
+        """True if all steps have to be there before the first output."""
+        return self.averaged
+
+    @property
+    def delay(self) -> int:
+        """Steps that the outputs come after the currents. A window of one step is over at once."""
+        return self.steps if self.averaged and not self.constant_input and self.steps > 1 else 0
+
     def height(self, theta: Tensor) -> Tensor:
         """Height of a spike."""
         amplitude = self.amplitude * theta if self.scaled else self.amplitude
@@ -441,7 +455,7 @@ class Neuron(Timed):
     def _check_whole(self, steps: int) -> None:
         if steps != self.steps:
             raise ConversionError(
-                f"averaged neurons wait for all {self.steps} steps of the layer before, so they cannot run {steps} at a time. "
+                f"neurons that wait for all {self.steps} steps of the layer before cannot run {steps} at a time. "
                 "Way out: simulate without step_by_step, tune with chunk=0, or convert with streaming neurons"
             )
 
@@ -505,7 +519,7 @@ class Repeat(Timed):
         return f"steps={self.steps}"
 
 
-def _single(x: Tensor) -> Tensor:
+def single(x: Tensor) -> Tensor:
     """In single precision at least: a count of steps has no place in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -524,7 +538,7 @@ class RunningMean(Timed):
 
     def scan(self, x: Tensor, state: Any, steps: int) -> tuple[Tensor, Any]:
         done, total = state or (0, 0.0)
-        sums = unfold(_single(x), steps).cumsum(0) + total
+        sums = unfold(single(x), steps).cumsum(0) + total
         counts = torch.arange(done + 1, done + steps + 1, device=x.device, dtype=sums.dtype).view(-1, *(1,) * x.ndim)
         return (sums / counts).flatten(0, 1).to(x), (done + steps, sums[-1])
 
@@ -540,7 +554,7 @@ class Increment(Timed):
         self.steps = steps
 
     def scan(self, x: Tensor, state: Any, steps: int) -> tuple[Tensor, Any]:
-        values = unfold(_single(x), steps)
+        values = unfold(single(x), steps)
         done, last = state or (0, torch.zeros_like(values[0]))
         counts = torch.arange(done + 1, done + steps + 1, device=x.device, dtype=values.dtype).view(-1, *(1,) * x.ndim)
         sums = values * counts

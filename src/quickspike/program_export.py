@@ -29,6 +29,7 @@ from quickspike.errors import CheckpointError, ConversionError, OptionError
 from quickspike.files import whole_file
 from quickspike.neuron import AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, Timed, unfold
 from quickspike.operators import FUNCTION_NAMES
+from quickspike.rehearsal import refuse_rehearsed
 from quickspike.version import __version__
 
 FORMAT = 1
@@ -270,12 +271,13 @@ def plain_copy(snn: SpikingNetwork) -> fx.GraphModule:
     """A copy of the graph of `snn`, on the CPU, ready to be exported once its layers with time are replaced.
 
     Raises:
-        OptionError: the network was accelerated, or is not in single precision.
+        OptionError: the network was accelerated, is not in single precision, or has neurons with a first run.
         ConversionError: it holds an operator that exporters do not have.
     """
     if "engine" in snn.provenance or snn.summed:
         name = snn.provenance.get("engine", {}).get("name", "count")
         raise OptionError(f"this network was made for the {name} engine; export the one that it was made from")
+    refuse_rehearsed(snn, "a file for other programs")
     other = [tensor.dtype for tensor in snn.state_dict().values() if tensor.is_floating_point() and tensor.dtype != torch.float32]
     if other:
         raise OptionError(f"networks are exported in float32, but this one holds {other[0]}; call snn.float() first")

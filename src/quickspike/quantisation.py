@@ -22,6 +22,7 @@ from quickspike.errors import OptionError
 from quickspike.neuron import AccumulatedMaxPool, Neuron, Repeat, Timed
 from quickspike.operators import FUNCTION_NAMES, MAX_POOLS, Affine
 from quickspike.regrading import Regrading
+from quickspike.rehearsal import refuse_rehearsed
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 SUM_POOLS = (nn.AvgPool2d, nn.AvgPool3d)
@@ -111,7 +112,8 @@ def quantise(snn: SpikingNetwork, bits: int = 8, image_bits: int | None = None) 
             None: the image as it is.
 
     Raises:
-        OptionError: bits or image_bits is out of range, the network is in half precision, where sums are not exact, or spikes have signs.
+        OptionError: bits or image_bits is out of range, the network is in half precision, where sums are not exact, spikes have
+            signs, or neurons have a first run.
     """
     if next(snn.parameters()).dtype in (torch.float16, torch.bfloat16):
         raise OptionError("whole numbers need single precision to be exact; call quantise(snn.float())")
@@ -119,6 +121,7 @@ def quantise(snn: SpikingNetwork, bits: int = 8, image_bits: int | None = None) 
         raise OptionError(f"bits must be a whole number in [2, 8], got {bits!r}")
     if image_bits is not None and (type(image_bits) is not int or not 2 <= image_bits <= 12):
         raise OptionError(f"image_bits must be a whole number in [2, 12], got {image_bits!r}")
+    refuse_rehearsed(snn, "a network in whole numbers")
     signed = [name for name, neuron in snn.neurons().items() if neuron.signed]
     if signed:
         raise OptionError(f"spikes that are bytes have no sign, but {signed[0]} takes spikes back; convert with signed=False")
