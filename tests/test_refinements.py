@@ -18,7 +18,7 @@ from quickspike.currents import add_current
 from quickspike.data import ImageStream
 from quickspike.errors import OptionError, UnknownNameError
 from quickspike.hub import model_card
-from quickspike.lockstep import Firing, Lockstep, channel_means, rebatched
+from quickspike.lockstep import Correction, Firing, Lockstep, channel_means, rebatched
 from quickspike.method import Method, label
 from quickspike.neuron import Neuron, NeuronParameters, unfold
 from quickspike.options import options_of
@@ -30,6 +30,8 @@ from quickspike.simulation import simulate
 
 NAMES = sorted(REFINEMENTS.all())
 every_refinement = pytest.mark.parametrize("name", NAMES)
+CORRECTIONS = [name for name in NAMES if issubclass(REFINEMENTS.get(name), Correction)]
+every_correction = pytest.mark.parametrize("name", CORRECTIONS)
 both_kinds = pytest.mark.parametrize("synchronous", [False, True], ids=["streaming", "synchronous"])
 
 
@@ -85,7 +87,8 @@ def site_errors(network: nn.Module, snn: qs.SpikingNetwork, images: Tensor) -> d
 
 
 def test_there_are_refinements() -> None:
-    assert {"bias_correction", "potential_correction"} <= set(NAMES)
+    assert CORRECTIONS == ["bias_correction", "potential_correction"]
+    assert {"offset_shift", "residual_mask"} <= set(NAMES)
 
 
 @every_refinement
@@ -111,7 +114,7 @@ def test_it_follows_a_method_and_is_kept_with_the_network(name: str, network: nn
     assert Method.from_json(again.method) == method
 
 
-@every_refinement
+@every_correction
 @both_kinds
 def test_it_brings_the_means_closer(name: str, synchronous: bool, network: nn.Module, images: Tensor) -> None:
     plain = qs.convert(network, images, balanced(3, synchronous=synchronous))
@@ -120,7 +123,7 @@ def test_it_brings_the_means_closer(name: str, synchronous: bool, network: nn.Mo
     assert sum(after.values()) < 0.5 * sum(before.values())
 
 
-@every_refinement
+@every_correction
 @both_kinds
 def test_nothing_is_corrected_where_nothing_is_wrong(name: str, synchronous: bool) -> None:
     # Whole numbers of quarter thresholds: four steps give them exactly.
@@ -248,6 +251,25 @@ def test_large_inputs_come_in_smaller_batches(network: nn.Module, images: Tensor
     snn, ann = qs.convert(network, images, balanced()), fit(network, ImageStream(images), balanced())
     both = Lockstep(snn, ann, channel_means, lambda name, firing, current, wanted: current)
     assert [len(given[""]) for _, given in both.over(ImageStream(images), 25, 20)] == [10, 10, 5]
+    assert both.share == 0.5
+    assert [len(given[""]) for _, given in both.over(ImageStream(images), 8, 20)] == [8]
+    assert both.share == 1
+
+
+@every_correction
+def test_smaller_batches_correct_less(name: str, network: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what comes out is nearly the same, and not what the last few images alone would have."""
+    images = images * torch.linspace(0.1, 3, len(images)).view(-1, 1, 1, 1)
+    method = balanced(2) | REFINEMENTS.create(name, passes=4, batch=96)
+
+    def refined() -> Tensor:
+        return torch.cat([value.flatten() for value in qs.convert(network, images, method).state_dict().values()])
+
+    whole = refined()
+    monkeypatch.setattr("quickspike.lockstep.MOST_VALUES", 4 * 2 * images[0].numel())
+    small = (refined() - whole).norm()
+    monkeypatch.setattr(Lockstep, "share", property(lambda self: 1.0, lambda self, value: None), raising=False)
+    assert small < 0.5 * (refined() - whole).norm()
 
 
 # Where they come from

@@ -44,7 +44,9 @@ class Correction(Refinement):
     """A refinement that goes through images in lockstep: how many, and how far it goes with each batch."""
 
     images: int = option(1024, "calibration images that correct", unit="images", low=1)
-    batch: int = option(64, "of them in one batch; fewer where T or the images are large", unit="images", low=1)
+    batch: int = option(
+        64, "of them in one batch; fewer where T or the images are large, and then the rate is lower, too", unit="images", low=1
+    )
     passes: int = option(2, "times that they are gone through", low=1, high=1000)
     rate: float = option(1.0, "share of a difference that a batch corrects", low=0, high=2, low_open=True)
 
@@ -64,6 +66,8 @@ class Lockstep:
 
     def __init__(self, snn: SpikingNetwork, ann: Traced, reduce: Reduce, visit: Visit) -> None:
         self.snn, self.ann, self.reduce, self.visit = snn, ann, reduce, visit
+        self.share = 1.0
+        """Images of a batch, in those that were asked for. The mean of a few tells little, so that it shall correct little."""
         # Where every layer waits for a mean, that mean is all that counts of T steps, but where pools look at single spikes.
         layers = (snn.network.get_submodule(str(node.target)) for node in snn.network.graph.nodes if node.op == "call_module")
         pooled = any(type(layer) in MAX_POOLS for layer in layers)
@@ -87,7 +91,10 @@ class Lockstep:
         """
         parameter = next(self.snn.network.parameters())
         values = images.example.numel() * (1 if self.windows else self.snn.steps)
-        for batch in rebatched(images.some(count), min(size, max(1, MOST_VALUES // values))):
+        wished = min(size, count)
+        some = min(wished, max(1, MOST_VALUES // values))
+        self.share = some / wished
+        for batch in rebatched(images.some(count), some):
             wanted, given = self.run(batch.to(parameter))
             yield places(wanted), places(given)
 

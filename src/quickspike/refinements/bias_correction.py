@@ -54,7 +54,7 @@ class BiasCorrection(Correction):
         def visit(name: str, firing: Firing, current: Tensor, wanted: Tensor) -> Tensor:
             site = sites[name]
             found = channel_means(firing.mean(firing.outputs(current + site.per_channel(lacking[name]).to(current))))
-            lacking[name] += self.rate * (wanted - found) / firing.gain
+            lacking[name] += self.rate * both.share * (wanted - found) / firing.gain
             sums[name] += lacking[name]
             return current + site.per_channel(lacking[name]).to(current)
 

@@ -51,7 +51,7 @@ class PotentialCorrection(Correction):
             lacking = (wanted - mean(firing.mean(firing.outputs(current)))) / self._shaped(firing.gain, wanted)
             lacking = lacking if self.granularity == "neuron" else site.per_channel(lacking)
             theta, _ = neuron.bounded()
-            initial = neuron.initial + (self.rate * snn.steps * lacking / theta).to(neuron.initial)
+            initial = neuron.initial + (self.rate * both.share * snn.steps * lacking / theta).to(neuron.initial)
             neuron.initial = nn.Parameter(initial, requires_grad=False)
             sums[name] = initial.double() + sums.get(name, 0)
             return current
