@@ -8,6 +8,7 @@ computes what one call of it recorded is called again, everything else is read o
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import operator
 import os
@@ -102,6 +103,10 @@ _FIRST_OF_SEVERAL = ("_native_batch_norm", "adaptive_max_pool", "max_pool2d_with
 """Operators that give something else besides, where the function that takes their place gives one value."""
 
 
+MOST_TERMS = 1000
+"""Parts of the formula of a size, from those of the input. Strided layers, however many, lead to 150 or so."""
+
+
 @dataclass(frozen=True)
 class Exported:
     """What torch.export recorded, and for which heights and widths it holds."""
@@ -124,8 +129,8 @@ def record_exported(private: nn.Module, example: Tensor, name: str) -> Exported:
     batch = example.repeat(2, *(1,) * (example.ndim - 1))
     free = dict.fromkeys(range(2, example.ndim), torch.export.Dim.AUTO)
     if free:
-        # Sizes as symbols may lead to operators that are not known here.
-        with contextlib.suppress(Exception):
+        # Sizes as symbols may lead to operators that are not known here, or to formulas without an end.
+        with contextlib.suppress(Exception), _short_formulas():
             return _read(private, batch, free, name)
     return _read(private, batch, {}, name)
 
@@ -162,6 +167,31 @@ def _all_frames() -> Iterator[None]:
             setattr(owner, name, own)
         elif name in owner.__dict__:
             delattr(owner, name)
+
+
+@contextlib.contextmanager
+def _short_formulas() -> Iterator[None]:
+    """Give up once a size has become a formula of more than `MOST_TERMS` parts.
+
+    Paddings that depend on sizes (those of TensorFlow) put every size into a maximum of the one before, and with a few
+    layers sympy takes minutes for each.
+    """
+    from sympy import Basic, preorder_traversal
+    from torch.fx.experimental.sym_node import SymNode
+
+    owner: Any = SymNode
+    own = owner.__init__
+
+    def made(node: Any, expr: Any, *args: Any, **kwargs: Any) -> None:
+        own(node, expr, *args, **kwargs)
+        if isinstance(expr, Basic) and next(itertools.islice(preorder_traversal(expr), MOST_TERMS, None), None) is not None:
+            raise RuntimeError(f"a size is a formula of more than {MOST_TERMS} parts")
+
+    owner.__init__ = made
+    try:
+        yield
+    finally:
+        owner.__init__ = own
 
 
 @contextlib.contextmanager
