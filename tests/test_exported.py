@@ -10,13 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.sym_node import SymNode
 
 import quickspike as qs
-from quickspike import capture
+from quickspike import capture, exported
 from quickspike.api import finish
 from quickspike.conversion import SpikingNetwork, prepare
 from quickspike.data import ImageStream
 from quickspike.errors import DataError, TraceError, UnsupportedOperatorError
+from quickspike.exported import record_exported
 from quickspike.graph import Traced
 from quickspike.method import create
 from quickspike.operators import Affine
@@ -422,3 +424,36 @@ class BatchStatistics(Functions):
 
 def test_batch_norm_as_a_function_that_takes_batch_statistics_is_refused() -> None:
     assert not qs.inspect(BatchStatistics(False), images(2)).convertible
+
+
+class Same(nn.Module):
+    """Padded as TensorFlow does, by the size of the image."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3, 3, 3, stride=2 if i % 3 == 0 else 1) for i in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            pads: list[int] = []
+            for size, stride in zip(x.shape[:1:-1], layer.stride[::-1], strict=True):
+                missing = max((-(-size // stride) - 1) * stride + 3 - size, 0)
+                pads += [missing // 2, missing - missing // 2]
+            x = layer(F.pad(x, pads)).relu()
+        return x.mean((2, 3))
+
+
+def test_formulas_of_sizes_that_grow_without_end_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a dozen such layers sympy took minutes; the size of the example is all that is known then."""
+    example = torch.rand(1, 3, 40, 40)
+    init = SymNode.__init__
+    few = record_exported(Same(2).eval(), example, "Same").ranges
+    assert all(upper is None for _, upper in few)
+    monkeypatch.setattr(exported, "MOST_TERMS", 10)
+    assert record_exported(Same(2).eval(), example, "Same").ranges == ((40, 40), (40, 40))
+    assert SymNode.__init__ is init
+    monkeypatch.undo()
+    deep = Same(14).eval()
+    snn = qs.convert(deep, torch.rand(8, 3, 40, 40), steps=64, ceiling="percentile", percentile=100.0)
+    with torch.no_grad():
+        assert torch.allclose(snn(example), deep(example), atol=0.2 * float(deep(example).abs().max()))
