@@ -371,3 +371,27 @@ def test_ceilings_may_be_fitted_for_fewer_steps_than_are_run() -> None:
         assert torch.equal(both.neuron(site.name).threshold, few.neuron(site.name).threshold)
         assert not torch.equal(both.neuron(site.name).threshold, many.neuron(site.name).threshold)
     assert both.steps == 64
+
+
+def test_more_values_than_fit_into_half_a_word_are_counted() -> None:
+    made = StreamingHistogram(1, 8)
+    values = torch.full((1, 3), 0.75)
+    made.update(values)
+    made.counts[0, 6] = 2**31 - 5
+    made.total[0] = 2**31 - 5
+    made.update(torch.full((1, 10), 0.75))
+    assert int(made.counts[0].max()) == int(made.total[0]) == 2**31 + 5
+
+
+def test_pieces_of_another_activation_take_little_memory() -> None:
+    """A network of SiLU has a thousand sites; with whole words and all bins they took 8 GB."""
+    probes = {
+        kind: fit(nn.Sequential(nn.Linear(4, 8), kind(), nn.Linear(8, 2)).eval(), ImageStream(torch.rand(8, 4)), ThresholdBalancing())
+        for kind in (nn.ReLU, nn.SiLU)
+    }
+    bytes_of = {}
+    for kind, found in probes.items():
+        bytes_of[kind] = [probe.histogram.counts.nbytes for probe in found.module.modules() if isinstance(probe, CeilingProbe)]
+    assert bytes_of[nn.ReLU] == [8 * 2048 * 4]
+    assert len(bytes_of[nn.SiLU]) > 4
+    assert max(bytes_of[nn.SiLU]) == bytes_of[nn.ReLU][0] / 8

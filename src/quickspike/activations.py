@@ -18,6 +18,10 @@ logger = logging.getLogger(__name__)
 Granularity = Literal["channel", "layer"]
 
 BINS = 2048
+BINS_OF_A_PIECE = 256
+"""An activation that is approximated has a dozen sites where ReLU has one, and steps that are coarser than these bins."""
+EXACT = ("relu", "relu6", "clamp")
+"""Functions that neurons compute; the others are sums of pieces."""
 CANDIDATES = 256
 SMALLEST_SHARE = 1e-3
 """A channel that calibration saw (almost) silent gets this share of the layer's largest ceiling, not 0."""
@@ -32,7 +36,8 @@ class StreamingHistogram:
     """
 
     def __init__(self, channels: int, bins: int = BINS) -> None:
-        self.counts = torch.zeros(channels, bins, dtype=torch.int64)
+        # Half the memory of whole words, until a channel has seen more values than fit.
+        self.counts = torch.zeros(channels, bins, dtype=torch.int32)
         self.total = torch.zeros(channels, dtype=torch.int64)
         self.limit = torch.zeros(channels, dtype=torch.float64)
         self.maximum = torch.zeros(channels, dtype=torch.float64)
@@ -52,12 +57,14 @@ class StreamingHistogram:
         peak = values.amax(1).double().cpu()
         if not bool(torch.isfinite(values).all()):
             raise DataError("an activation is NaN or infinite; check the network's weights and the calibration images")
+        if int(self.total.max()) + values.shape[1] > torch.iinfo(torch.int32).max:
+            self.counts = self.counts.long()
         self._make_room(peak)
         channels, bins = self.counts.shape
         limit = self.limit.clamp_min(torch.finfo(torch.float64).tiny).to(values.device)
         index = (values.double() * (bins / limit)[:, None]).long().clamp_(max=bins - 1)
         index += torch.arange(channels, device=values.device)[:, None] * bins
-        self.counts += torch.bincount(index[values > 0], minlength=channels * bins).view(channels, bins).cpu()
+        self.counts += torch.bincount(index[values > 0], minlength=channels * bins).view(channels, bins).cpu().to(self.counts.dtype)
         self.total += values.shape[1]
         self.maximum = torch.maximum(self.maximum, peak)
 
@@ -65,7 +72,7 @@ class StreamingHistogram:
         fresh = (self.limit == 0) & (peak > 0)
         self.limit[fresh] = torch.exp2(torch.floor(torch.log2(peak[fresh])) + 1)
         while bool((grow := peak >= self.limit.where(self.limit > 0, torch.inf)).any()):
-            merged = self.counts[grow].view(int(grow.sum()), -1, 2).sum(2)
+            merged = self.counts[grow].view(int(grow.sum()), -1, 2).sum(2, dtype=self.counts.dtype)
             self.counts[grow] = torch.cat([merged, torch.zeros_like(merged)], 1)
             self.limit[grow] *= 2
 
@@ -148,7 +155,8 @@ class CeilingProbe(nn.Module):
     def __init__(self, site: Site, granularity: Granularity) -> None:
         super().__init__()
         self.site, self.granularity = site, granularity
-        self.histogram = StreamingHistogram(site.channels if granularity == "channel" else 1)
+        bins = BINS if site.function in EXACT else BINS_OF_A_PIECE
+        self.histogram = StreamingHistogram(site.channels if granularity == "channel" else 1, bins)
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.clamp(0.0, self.site.ceiling)
@@ -172,7 +180,7 @@ class CeilingProbe(nn.Module):
         largest = float(ceiling.max())
         if largest <= 0:
             # A piece of another activation lies, as a rule, where few values are or none.
-            level = logging.WARNING if self.site.function in ("relu", "relu6", "clamp") else logging.DEBUG
+            level = logging.WARNING if self.site.function in EXACT else logging.DEBUG
             logger.log(level, "site %s: silent on all calibration images; its threshold is set to 1", self.site.name)
             largest = 1.0
         ceiling = ceiling.clamp_min(SMALLEST_SHARE * largest)

@@ -79,7 +79,7 @@ class Lockstep:
     def run(self, images: Tensor) -> tuple[Outputs, Outputs]:
         """(what the source network gives, the spiking network's readout after T steps), both `[B, K]`."""
         with torch.no_grad():
-            recorder = _Recorder(self.ann, self.reduce)
+            recorder = Recorder(self.ann, self.reduce)
             wanted = recorder.run(images)
             outputs = _Visitor(self, recorder.found).run(images)
         return wanted, outputs if self.windows else each(lambda out: unfold(out, self.snn.steps).mean(0), outputs)
@@ -138,7 +138,9 @@ class Firing:
         return outputs if self.windows else unfold(outputs, self.neuron.steps).mean(0)
 
 
-class _Recorder(fx.Interpreter):
+class Recorder(fx.Interpreter):
+    """Runs the source network and keeps of the values at its sites what `reduce` makes of them."""
+
     def __init__(self, ann: Traced, reduce: Reduce) -> None:
         super().__init__(ann.module)
         self.sites, self.reduce = {site.name for site in ann.sites}, reduce

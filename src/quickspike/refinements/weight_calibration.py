@@ -1,0 +1,123 @@
+"""Weight calibration: weights and biases fitted to the source network's activations, layer by layer, without labels.
+
+Y. Li, S. Deng, X. Dong, R. Gong, S. Gu, "A Free Lunch From ANN: Towards Efficient, Accurate Spiking Neural Networks
+Calibration", ICML 2021, arXiv 2106.06984 (advanced pipeline, weights).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from quickspike.console import track
+from quickspike.conversion import SpikingNetwork
+from quickspike.currents import CONVOLUTIONS
+from quickspike.data import ImageStream
+from quickspike.errors import OptionError
+from quickspike.graph import Traced
+from quickspike.lockstep import MOST_VALUES, SNN_CALIBRATION, Recorder
+from quickspike.neuron import Neuron, unfold
+from quickspike.operators import Affine
+from quickspike.options import option
+from quickspike.paper import Paper
+from quickspike.refinement import Refinement, refinement
+from quickspike.structure import Outputs, tensors
+
+LAYERS = (*CONVOLUTIONS, nn.Linear, Affine)
+SMALLEST = 1e-12
+"""Mean square of activations, at least: a silent layer has none."""
+
+
+@refinement
+@dataclass(frozen=True, kw_only=True)
+class WeightCalibration(Refinement):
+    """Bring the mean output of every layer of neurons, and the readout, to the source network's by small steps of Adam.
+
+    The loss of a site is the mean square of (mean of the spikes over T - the source network's activation), in units of the mean
+    square of the activations. With `reach=layer` it moves only the weights and biases of the layers between those neurons
+    and the ones before, which are taken as they fire. Spikes are simulated step by step, with the surrogate gradient of the
+    method, so that what the order of spikes does is minimised, too. What is calibrated holds for one T.
+
+    Differs from the paper, which fits layer after layer, 5,000 steps each, to a staircase of the mean input: all layers move at
+    once here, each with the loss of its own, and neurons are simulated. `reach=network` lets every loss move all layers
+    in front: distillation of the activations on the calibration images, which the paper does not have.
+    """
+
+    name: ClassVar[str] = "weight_calibration"
+    paper: ClassVar[Paper] = SNN_CALIBRATION
+
+    images: int = option(1024, "calibration images to fit to", unit="images", low=1)
+    batch: int = option(64, "of them in a step; fewer where T or the images are large", unit="images", low=1)
+    iterations: int = option(200, "steps of Adam", low=1, high=1_000_000)
+    learning_rate: float = option(1e-3, "of the first step; falls to 0 along a cosine", low=0, high=1, low_open=True)
+    reach: Literal["layer", "network"] = option(
+        "layer", "what the loss of a layer of neurons moves: the weights next to it, or all in front of it"
+    )
+
+    def refine(self, snn: SpikingNetwork, ann: Traced, images: ImageStream) -> None:
+        network = snn.network
+        layers = [layer for layer in network.modules() if type(layer) in LAYERS]
+        parameters = [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
+        if not parameters:
+            raise OptionError("weight_calibration: no layer has weights to calibrate")
+        learned = [parameter.requires_grad for parameter in parameters]
+        optimiser = torch.optim.Adam([parameter.requires_grad_() for parameter in parameters], self.learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.iterations)
+        try:
+            with torch.enable_grad():
+                for batch in track(self._batches(snn, images), "calibrating weights"):
+                    optimiser.zero_grad()
+                    torch.autograd.backward(self._loss(snn, ann, batch))
+                    optimiser.step()
+                    schedule.step()
+        finally:
+            for parameter, was in zip(parameters, learned, strict=True):
+                parameter.requires_grad_(was).grad = None
+        bad = next((name for name, value in network.named_parameters() if not bool(value.isfinite().all())), None)
+        if bad is not None:
+            raise OptionError(f"weight_calibration: {bad} became infinite; lower learning_rate={self.learning_rate:g}")
+
+    def _batches(self, snn: SpikingNetwork, images: ImageStream) -> Iterator[Tensor]:
+        everything = torch.cat([batch.cpu() for batch in images.some(self.images)])
+        size = min(self.batch, max(1, MOST_VALUES // (everything[0].numel() * snn.steps)))
+        generator = torch.Generator().manual_seed(0)
+        parameter = next(snn.network.parameters())
+        order = torch.empty(0, dtype=torch.long)
+        for _ in range(self.iterations):
+            if len(order) < min(size, len(everything)):
+                order = torch.cat([order, torch.randperm(len(everything), generator=generator)])
+            yield everything[order[:size]].to(parameter)
+            order = order[size:]
+
+    def _loss(self, snn: SpikingNetwork, ann: Traced, batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            recorder = Recorder(ann, lambda values: values)
+            wanted = recorder.run(batch)
+        fitting = _Fitting(snn, recorder.found, self.reach == "layer")
+        given: Outputs = fitting.run(batch)
+        pairs = zip(tensors(given), tensors(wanted), strict=True)
+        return sum((_distance(unfold(out, snn.steps).mean(0), want) for out, want in pairs), fitting.loss)
+
+
+def _distance(found: Tensor, wanted: Tensor) -> Tensor:
+    return (found - wanted).square().mean() / wanted.square().mean().clamp_min(SMALLEST)
+
+
+class _Fitting(fx.Interpreter):
+    """Runs the spiking network and adds up how far its sites are from what is wanted there."""
+
+    def __init__(self, snn: SpikingNetwork, wanted: dict[str, Tensor], apart: bool) -> None:
+        super().__init__(snn.network)
+        self.steps, self.wanted, self.apart = snn.steps, wanted, apart
+        self.loss = torch.zeros(())
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        out = super().call_module(target, args, kwargs)
+        if not isinstance(self.fetch_attr(target), Neuron):
+            return out
+        self.loss = self.loss + _distance(unfold(out, self.steps).mean(0), self.wanted[target])
+        return out.detach() if self.apart else out
