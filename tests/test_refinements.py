@@ -18,12 +18,13 @@ from quickspike.currents import add_current
 from quickspike.data import ImageStream
 from quickspike.errors import OptionError, UnknownNameError
 from quickspike.hub import model_card
-from quickspike.lockstep import Correction, Firing, Lockstep, channel_means, rebatched
+from quickspike.lockstep import Correction, Firing, Lockstep, Recorder, channel_means, rebatched
 from quickspike.method import Method, label
 from quickspike.neuron import Neuron, NeuronParameters, unfold
 from quickspike.options import options_of
 from quickspike.paper import Paper
 from quickspike.refinement import REFINEMENTS, Refinement, refinements_of
+from quickspike.refinements.weight_calibration import _Fitting
 from quickspike.report import report_tables
 from quickspike.searching import Candidate
 from quickspike.simulation import simulate
@@ -404,3 +405,37 @@ def test_potentials_are_per_neuron_or_per_channel(granularity: str, network: nn.
     for site in snn.sites:
         shape = site.shape if granularity == "neuron" else (site.shape[0], *(1,) * (len(site.shape) - 1))
         assert snn.neuron(site.name).initial.shape == shape
+
+
+# Weight calibration
+
+
+@both_kinds
+@pytest.mark.parametrize("reach", ["layer", "network"])
+def test_weights_are_fitted_to_the_activations(
+    reach: str, synchronous: bool, digits_source: nn.Module, digits_calibration: Tensor, digits_test: tuple[Tensor, Tensor]
+) -> None:
+    """The readout of images that were not seen is nearer to the source network's by 0.4 or more."""
+    method = balanced(2, synchronous=synchronous)
+    plain = qs.convert(digits_source, digits_calibration, method)
+    refined = qs.convert(digits_source, digits_calibration, method | qs.refinements.WeightCalibration(iterations=60, reach=reach))
+    with torch.no_grad():
+        off = [float((snn(digits_test[0]) - digits_source(digits_test[0])).square().mean()) for snn in (plain, refined)]
+    assert off[1] < 0.65 * off[0]
+
+
+def test_a_layers_loss_moves_its_own_weights_alone(images: Tensor) -> None:
+    """With the readout left out of it, the last layer of three must not move the first: its gradient ends at the spikes."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(128, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4)).eval()
+    snn, ann = qs.convert(net, images, balanced()), fit(net, ImageStream(images), balanced())
+    for apart, moved in ((True, False), (False, True)):
+        with torch.no_grad():
+            recorder = Recorder(ann, lambda values: values)
+            recorder.run(images)
+        wanted = {name: value + (1.0 if name == "4" else 0.0) for name, value in recorder.found.items()}
+        fitting = _Fitting(snn, wanted, apart)
+        fitting.run(images)
+        weight = snn.network.get_submodule("1").weight
+        (gradient,) = torch.autograd.grad(fitting.distances["4"], weight, allow_unused=True)
+        assert (gradient is not None and bool(gradient.ne(0).any())) == moved

@@ -100,7 +100,8 @@ class WeightCalibration(Refinement):
         fitting = _Fitting(snn, recorder.found, self.reach == "layer")
         given: Outputs = fitting.run(batch)
         pairs = zip(tensors(given), tensors(wanted), strict=True)
-        return sum((_distance(unfold(out, snn.steps).mean(0), want) for out, want in pairs), fitting.loss)
+        readouts = [_distance(unfold(out, snn.steps).mean(0), want) for out, want in pairs]
+        return torch.stack([*fitting.distances.values(), *readouts]).sum()
 
 
 def _distance(found: Tensor, wanted: Tensor) -> Tensor:
@@ -108,16 +109,16 @@ def _distance(found: Tensor, wanted: Tensor) -> Tensor:
 
 
 class _Fitting(fx.Interpreter):
-    """Runs the spiking network and adds up how far its sites are from what is wanted there."""
+    """Runs the spiking network and notes how far its sites are from what is wanted there."""
 
     def __init__(self, snn: SpikingNetwork, wanted: dict[str, Tensor], apart: bool) -> None:
         super().__init__(snn.network)
         self.steps, self.wanted, self.apart = snn.steps, wanted, apart
-        self.loss = torch.zeros(())
+        self.distances: dict[str, Tensor] = {}
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         out = super().call_module(target, args, kwargs)
         if not isinstance(self.fetch_attr(target), Neuron):
             return out
-        self.loss = self.loss + _distance(unfold(out, self.steps).mean(0), self.wanted[target])
+        self.distances[target] = _distance(unfold(out, self.steps).mean(0), self.wanted[target])
         return out.detach() if self.apart else out
