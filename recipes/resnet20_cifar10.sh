@@ -6,23 +6,41 @@
 # MODEL.py:FACTORY builds the network (16/32/64 channels, input normalised by the ImageNet mean and deviation), WEIGHTS
 # is its state dict, CIFAR10.npz holds train_images, train_labels, test_images, test_labels as uint8.
 # Calibration: the first 1,000 training images. A run that was stopped goes on where it stopped. About 35 minutes on two
-# CPU cores; METHODS="..." runs some methods only.
+# CPU cores, the refined ones as much again; METHODS="..." runs some only, STEPS="..." other T.
 set -euo pipefail
 model=$1 weights=$2 data=npz:$3 out=${4:-runs/resnet20_cifar10}
 quickspike=${QUICKSPIKE:-.venv/bin/quickspike}
 statistics=(--mean 0.485 0.456 0.406 --std 0.229 0.224 0.225)
 mkdir -p "$out"
-for method in ${METHODS:-threshold_balancing potential_init signed}; do
-    for steps in 1 2 4 8 16 32; do
+
+# What `convert` is given for a column's method. streaming: plain integrate-and-fire; signed: neurons take spikes back.
+options_of() { # METHOD STEPS
+    # The factor was chosen on training images 2000 to 2599, which calibrate nothing: 1 is better at T = 4, 0.85 at T = 8 and 32; T = 16 follows.
+    local scale=1
+    [ "$2" -lt 8 ] || scale=0.85
+    case $1 in
+    potential_init) echo --method potential_init ;;
+    threshold_balancing) echo --method threshold_balancing --scale $scale ;;
+    streaming_bias) echo --method threshold_balancing --scale $scale --refine bias_correction ;;
+    streaming_weights) echo --method threshold_balancing --scale $scale --refine weight_calibration:reach=network ;;
+    residual_mask) echo --method threshold_balancing --scale $scale --refine "residual_mask:tau=$((($2 + 1) / 2))" ;;
+    signed) echo --method threshold_balancing --signed ;;
+    signed_bias) echo --method threshold_balancing --signed --refine bias_correction ;;
+    synchronous) echo --method threshold_balancing --synchronous ;;
+    synchronous_bias) echo --method threshold_balancing --synchronous --refine bias_correction ;;
+    offset_shift) echo --method threshold_balancing --refine offset_shift bias_correction ;;
+    *) echo "no such column: $1" >&2 && return 2 ;;
+    esac
+}
+
+for method in ${METHODS:-threshold_balancing potential_init signed streaming_bias streaming_weights signed_bias synchronous synchronous_bias offset_shift}; do
+    for steps in ${STEPS:-1 2 4 8 16 32}; do
         [ ! -f "$out/$method-$steps.json" ] || continue
         network=$out/$method-$steps.safetensors
-        options=()
-        # Chosen on training images 2000 to 2599, which calibrate nothing: 1 is better at T = 4, 0.85 at T = 8 and 32; T = 16 follows.
-        [ "$method" != threshold_balancing ] || [ "$steps" -lt 8 ] || options=(--scale 0.85)
-        # Neurons that take spikes back, with the defaults of threshold_balancing.
-        [ "$method" != signed ] || options=(--signed)
+        chosen=$(options_of "$method" "$steps")
+        # shellcheck disable=SC2086 # several words
         "$quickspike" convert "$model" --weights "$weights" --data "$data" "${statistics[@]}" \
-            --method "${method/signed/threshold_balancing}" --steps "$steps" "${options[@]}" --calibration-images 1000 --out "$network"
+            --steps "$steps" $chosen --calibration-images 1000 --out "$network"
         reference=()
         [ "$steps" != 1 ] || reference=(--reference "$model" --weights "$weights")
         "$quickspike" evaluate "$network" --data "$data" --steps "$steps" "${reference[@]}" \
