@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import quickspike as qs
 from quickspike.early_exit import Exit, leads_of
 from quickspike.errors import ConversionError, OptionError
+from quickspike.hub import model_card
 from quickspike.neuron import Neuron, NeuronParameters, integrate, unfold
 from quickspike.refinements import BiasCorrection, OffsetShift, ResidualMask
 from quickspike.rehearsal import AfterRehearsal, RehearsedNeuron
@@ -230,6 +231,11 @@ def test_what_cannot_have_a_first_run_is_refused(digits_calibration: Tensor) -> 
     assert convert(plain | OffsetShift() | BiasCorrection()).steps == 4
 
 
+def test_the_card_tells_of_the_first_run(digits_calibration: Tensor) -> None:
+    for refinement, says in ((OffsetShift(rho=3), "every layer runs them ahead"), (ResidualMask(tau=3), "they decide which neurons")):
+        assert f"through the first 3 steps twice: {says}" in str(model_card(refined(refinement, digits_calibration), None))
+
+
 def test_programs_that_know_no_first_run_refuse_it(digits_calibration: Tensor, tmp_path: Path) -> None:
     for refinement in (OffsetShift(), ResidualMask()):
         snn = refined(refinement, digits_calibration)
@@ -239,6 +245,9 @@ def test_programs_that_know_no_first_run_refuse_it(digits_calibration: Tensor, t
             lambda snn=snn: qs.accelerate(snn, "integer"),
             lambda snn=snn: qs.export_nir(snn, tmp_path / "net.nir"),
             lambda snn=snn: qs.to_onnx(snn, tmp_path / "net.onnx"),
+            snn.as_synchronous,
+            snn.as_signed,
+            lambda snn=snn: snn.with_reset("zero"),
         ):
             with pytest.raises(OptionError, match="convert without offset_shift and residual_mask"):
                 use()

@@ -137,8 +137,20 @@ class SpikingNetwork(nn.Module):
         """True if layers wait for steps of the layer before, so that T cannot be cut short."""
         return any(neuron.waits for neuron in self.neurons().values())
 
+    def refuse_first_runs(self, what: str) -> None:
+        """Raise OptionError if neurons go through the first steps twice, which `what` has no place for."""
+        for name, neuron in self.neurons().items():
+            if neuron.first_run:
+                way_out = "convert without offset_shift and residual_mask"
+                raise OptionError(f"{what} has no place for neurons that go through the first steps twice ({name}); {way_out}")
+
     def as_synchronous(self) -> SpikingNetwork:
-        """A copy whose layers wait for the whole window of the one before; neurons that turn pixels into spikes do not."""
+        """A copy whose layers wait for the whole window of the one before; neurons that turn pixels into spikes do not.
+
+        Raises:
+            OptionError: neurons have a first run.
+        """
+        self.refuse_first_runs("a synchronous network")
         other = copy.deepcopy(self)
         for site in other.sites:
             other.neuron(site.name).averaged = not site.encodes_input
@@ -148,8 +160,9 @@ class SpikingNetwork(nn.Module):
         """A copy whose neurons take spikes back when later currents show that they were too many.
 
         Raises:
-            OptionError: spikes set potentials to 0.
+            OptionError: spikes set potentials to 0, or neurons have a first run.
         """
+        self.refuse_first_runs("a network that takes spikes back")
         other = copy.deepcopy(self)
         for neuron in other.neurons().values():
             if neuron.to_zero:
@@ -163,10 +176,12 @@ class SpikingNetwork(nn.Module):
         What is above theta is lost then. That costs accuracy, which fine-tuning wins back in part (`quickspike tune --reset zero`).
 
         Raises:
-            OptionError: no such reset, or neurons take spikes back, which needs a reset by subtraction.
+            OptionError: no such reset, or neurons take spikes back or have a first run, which needs a reset by subtraction.
         """
         if reset not in ("subtract", "zero"):
             raise OptionError(f"reset must be subtract or zero, got {reset!r}")
+        if reset == "zero":
+            self.refuse_first_runs("a reset to 0")
         other = copy.deepcopy(self)
         for name, neuron in other.neurons().items():
             if neuron.signed and reset == "zero":

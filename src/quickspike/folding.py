@@ -26,7 +26,6 @@ from quickspike.neuron import AccumulatedMaxPool, Neuron, Repeat
 from quickspike.operators import FUNCTION_NAMES, MAX_POOLS, Affine
 from quickspike.quantisation import PADS, SUM_POOLS, per_input, quantise
 from quickspike.regrading import Regrading
-from quickspike.rehearsal import refuse_rehearsed
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, Affine)
 """Layers that take units in."""
@@ -81,7 +80,7 @@ def fold(snn: SpikingNetwork, bits: int | None = None) -> SpikingNetwork:
     """
     if "engine" in snn.provenance:
         raise OptionError(f"this network was made for the {snn.provenance['engine']['name']} engine; fold the one it was made from")
-    refuse_rehearsed(snn, "a folded network")
+    snn.refuse_first_runs("a folded network")
     network = copy.deepcopy(snn) if bits is None else _whole(snn, bits)
     _Folder(network).run()
     network.provenance["folded"] = True

@@ -607,8 +607,16 @@ def _limits(snn: SpikingNetwork) -> str:
     ]
     if not any(site.encodes_input for site in snn.sites):
         found.append("Layers in front of the first spikes read real values and multiply.")
-    if snn.synchronous:
+    if any(neuron.averaged for neuron in snn.neurons().values()):
         found.append("Layers wait for the whole window of the layer before: the answer takes depth x T steps.")
+    runs = {neuron.first_run for neuron in snn.neurons().values() if neuron.first_run}
+    for kind, steps in sorted(runs):
+        what = (
+            "every layer runs them ahead, and is as many behind the one before"
+            if kind == "shift"
+            else "they decide which neurons are heard after"
+        )
+        found.append(f"Neurons go through the first {steps} steps twice: {what}.")
     if any(neuron.signed for neuron in snn.neurons().values()):
         found.append("Neurons take spikes back, as spikes of -1: hardware has to have them.")
     if analog := snn.provenance.get("analog"):

@@ -21,7 +21,6 @@ from quickspike.operators import MAX_POOLS
 from quickspike.options import option
 from quickspike.paper import Paper
 from quickspike.refinement import Refinement
-from quickspike.rehearsal import RehearsedNeuron, rehearsed
 from quickspike.structure import Outputs, each, places
 
 SNN_CALIBRATION = Paper(
@@ -71,9 +70,9 @@ class Lockstep:
         # Where every layer waits for a mean, that mean is all that counts of T steps, but where pools look at single spikes.
         layers = (snn.network.get_submodule(str(node.target)) for node in snn.network.graph.nodes if node.op == "call_module")
         pooled = any(type(layer) in MAX_POOLS for layer in layers)
-        plain = not pooled and not any(rehearsed(snn))
+        plain = not pooled and not any(neuron.first_run for neuron in snn.neurons().values())
         self.windows = plain and all(neuron.averaged or neuron.constant_input for neuron in snn.neurons().values())
-        if any(isinstance(neuron, RehearsedNeuron) and neuron.kind == "mask" for neuron in snn.neurons().values()):
+        if any(neuron.first_run and neuron.first_run[0] == "mask" for neuron in snn.neurons().values()):
             raise OptionError("residual_mask lets no mean over all steps speak for the answer; write corrections in front of it")
 
     def run(self, images: Tensor) -> tuple[Outputs, Outputs]:

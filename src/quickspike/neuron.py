@@ -427,6 +427,11 @@ class Neuron(Timed):
         return self.averaged
 
     @property
+    def first_run(self) -> tuple[str, int] | None:
+        """What a first run over some steps is for, and how many; None without one (see `rehearsal.py`)."""
+        return None
+
+    @property
     def delay(self) -> int:
         """Steps that the outputs come after the currents. A window of one step is over at once."""
         return self.steps if self.averaged and not self.constant_input and self.steps > 1 else 0

@@ -29,7 +29,6 @@ from quickspike.errors import CheckpointError, ConversionError, OptionError
 from quickspike.files import whole_file
 from quickspike.neuron import AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, Timed, unfold
 from quickspike.operators import FUNCTION_NAMES
-from quickspike.rehearsal import refuse_rehearsed
 from quickspike.version import __version__
 
 FORMAT = 1
@@ -277,7 +276,7 @@ def plain_copy(snn: SpikingNetwork) -> fx.GraphModule:
     if "engine" in snn.provenance or snn.summed:
         name = snn.provenance.get("engine", {}).get("name", "count")
         raise OptionError(f"this network was made for the {name} engine; export the one that it was made from")
-    refuse_rehearsed(snn, "a file for other programs")
+    snn.refuse_first_runs("a file for other programs")
     other = [tensor.dtype for tensor in snn.state_dict().values() if tensor.is_floating_point() and tensor.dtype != torch.float32]
     if other:
         raise OptionError(f"networks are exported in float32, but this one holds {other[0]}; call snn.float() first")

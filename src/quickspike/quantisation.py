@@ -22,7 +22,6 @@ from quickspike.errors import OptionError
 from quickspike.neuron import AccumulatedMaxPool, Neuron, Repeat, Timed
 from quickspike.operators import FUNCTION_NAMES, MAX_POOLS, Affine
 from quickspike.regrading import Regrading
-from quickspike.rehearsal import refuse_rehearsed
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 SUM_POOLS = (nn.AvgPool2d, nn.AvgPool3d)
@@ -121,7 +120,7 @@ def quantise(snn: SpikingNetwork, bits: int = 8, image_bits: int | None = None) 
         raise OptionError(f"bits must be a whole number in [2, 8], got {bits!r}")
     if image_bits is not None and (type(image_bits) is not int or not 2 <= image_bits <= 12):
         raise OptionError(f"image_bits must be a whole number in [2, 12], got {image_bits!r}")
-    refuse_rehearsed(snn, "a network in whole numbers")
+    snn.refuse_first_runs("a network in whole numbers")
     signed = [name for name, neuron in snn.neurons().items() if neuron.signed]
     if signed:
         raise OptionError(f"spikes that are bytes have no sign, but {signed[0]} takes spikes back; convert with signed=False")

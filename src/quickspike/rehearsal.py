@@ -7,7 +7,6 @@ run the membrane potential tells: it is below 0 where spikes were too many, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -63,6 +62,10 @@ class RehearsedNeuron(Neuron):
         if self.averaged or self.signed or self.to_zero:
             raise ConversionError("only streaming neurons without signs that reset by subtraction have use for a first run")
         self.kind, self.rehearsal = kind, rehearsal
+
+    @property
+    def first_run(self) -> tuple[str, int]:
+        return self.kind, self.rehearsal
 
     @property
     def waits(self) -> bool:
@@ -157,7 +160,7 @@ def rehearse(snn: SpikingNetwork, kind: Kind, steps: int, who: str) -> None:
         OptionError: some neurons cannot; `who` wants it.
     """
     for name, neuron in snn.neurons().items():
-        if isinstance(neuron, RehearsedNeuron):
+        if neuron.first_run:
             raise OptionError(f"{who}: the neurons have a first run already ({name}); take one of offset_shift and residual_mask, once")
         hindrance = "waits for whole windows" if neuron.averaged else "takes spikes back" if neuron.signed else ""
         if hindrance:
@@ -188,15 +191,3 @@ def _read_out_after(network: fx.GraphModule, steps: int, rehearsal: int) -> None
         with network.graph.inserting_before(output):
             made = network.graph.call_module(name, (node,))
         output.replace_input_with(node, made)
-
-
-def rehearsed(snn: SpikingNetwork) -> Iterator[str]:
-    """Names of the neurons that have a first run."""
-    return (name for name, neuron in snn.neurons().items() if isinstance(neuron, RehearsedNeuron))
-
-
-def refuse_rehearsed(snn: SpikingNetwork, what: str) -> None:
-    """Raise OptionError if neurons have a first run, which `what` has no place for."""
-    for name in rehearsed(snn):
-        way_out = "convert without offset_shift and residual_mask"
-        raise OptionError(f"{what} has no place for neurons that go through the first steps twice ({name}); {way_out}")

@@ -382,7 +382,9 @@ class _Trials:
 def _likeness(snn: SpikingNetwork) -> str:
     """The same for two streaming networks that differ in nothing but T."""
     tensors = digest(value for _, value in sorted(snn.state_dict().items()))
-    kinds = [(name, neuron.scaled, neuron.strict, neuron.signed, neuron.to_zero) for name, neuron in snn.neurons().items()]
+    kinds = [
+        (name, neuron.scaled, neuron.strict, neuron.signed, neuron.to_zero, neuron.first_run) for name, neuron in snn.neurons().items()
+    ]
     return f"{tensors} {kinds} {snn.code}"
 
 
