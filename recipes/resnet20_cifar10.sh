@@ -28,12 +28,13 @@ options_of() { # METHOD STEPS
     signed_bias) echo --method threshold_balancing --signed --refine bias_correction ;;
     synchronous) echo --method threshold_balancing --synchronous ;;
     synchronous_bias) echo --method threshold_balancing --synchronous --refine bias_correction ;;
+    synchronous_weights) echo --method threshold_balancing --synchronous --refine weight_calibration:reach=network ;;
     offset_shift) echo --method threshold_balancing --refine offset_shift bias_correction ;;
     *) echo "no such column: $1" >&2 && return 2 ;;
     esac
 }
 
-for method in ${METHODS:-threshold_balancing potential_init signed streaming_bias streaming_weights signed_bias synchronous synchronous_bias offset_shift}; do
+for method in ${METHODS:-threshold_balancing potential_init signed streaming_bias streaming_weights signed_bias synchronous synchronous_bias synchronous_weights offset_shift}; do
     for steps in ${STEPS:-1 2 4 8 16 32}; do
         [ ! -f "$out/$method-$steps.json" ] || continue
         network=$out/$method-$steps.safetensors

@@ -24,6 +24,7 @@ from quickspike.data import (
     DataSet,
     Images,
     ImageStream,
+    _every,
     image_batches,
     labelled_batches,
     load_data,
@@ -835,3 +836,13 @@ def test_other_sources_are_shared_out_batch_by_batch(kind: str) -> None:
             "shuffled": [float(i) for i in range(9)],
         }[kind]
     )
+
+
+def test_errors_name_the_batch_of_all_and_workers_start_as_they_are_to() -> None:
+    source: Any = DataLoader(Noting(), batch_size=3, num_workers=1, multiprocessing_context="spawn", prefetch_factor=3)
+    part = _every(source, 1, 2)
+    assert (part.multiprocessing_context.get_start_method(), part.prefetch_factor, part.num_workers) == ("spawn", 3, 1)
+    broken: Any = DataLoader(Noting(), batch_size=3, collate_fn=lambda items: {"foo": 1})
+    for rank in (0, 1):
+        with pytest.raises(DataError, match=f"batch {rank + 1} is a dict"):
+            list(share_of(broken, rank, 2))

@@ -123,6 +123,20 @@ def work(fabric, out, snn):
         evaluate(qs.load(snn), spoiled(), fabric=fabric)
     except QuickspikeError as error:
         found["spoiled"] = str(error)
+
+    class Unreadable(torch.utils.data.Dataset):
+        def __len__(self):
+            return 80
+
+        def __getitem__(self, index):
+            if index == 50:
+                raise ValueError("picture 50 is broken")
+            return torch.rand(1, 8, 8), 0
+
+    try:
+        accuracy_of(normed, torch.utils.data.DataLoader(Unreadable(), batch_size=40), fabric)
+    except (QuickspikeError, ValueError) as error:
+        found["unreadable"] = str(error)
     recipe = Recipe(
         title="small",
         data="digits",
@@ -304,6 +318,7 @@ def test_a_batch_that_is_refused_in_one_process_stops_all(one: Any, two: Any) ->
     assert first["spoiled"] == "another process could not do its part, and says why"
     assert second["spoiled"] == one[0]["spoiled"]
     assert "evaluation batch 2: labels" in second["spoiled"]
+    assert (first["unreadable"], second["unreadable"]) == (first["spoiled"], "picture 50 is broken")
 
 
 def test_processes_of_the_command_line_share_an_evaluation(folder: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import quickspike as qs
+from quickspike import early_exit
 from quickspike.data import DataSet
 from quickspike.early_exit import Exit, _margins, calibrate_exit, choose, leads_of, savings, stop_steps
 from quickspike.errors import ConversionError, DataError, OptionError
@@ -184,3 +185,21 @@ def test_a_network_of_one_step_saves_none(
 ) -> None:
     (row,) = savings(spiking_digits("threshold_balancing").with_steps(1), digits.loader("train"), [digits_test], (0.5,))
     assert (row.margins, row.steps) == ((), 1.0)
+
+
+def test_answers_that_are_no_numbers_run_to_the_end() -> None:
+    leads = torch.tensor([[math.nan, 1.0, math.inf], [math.nan, 0.2, math.inf], [0.1, 0.1, 0.1]])
+    assert stop_steps(leads, (math.inf, 0.5)).tolist() == [2, 2, 1]
+    assert stop_steps(leads, (math.inf, math.inf)).tolist() == [2, 2, 2]
+    logits = torch.tensor([[1.0, -math.inf], [math.nan, 0.0], [3.0, 0.0]])
+    assert Exit((math.inf, 1.0), 0.0, 0.0).decided(logits, 1).tolist() == [False, False, False]
+    assert Exit((math.inf, 1.0), 0.0, 0.0).decided(logits, 2).tolist() == [True, False, True]
+
+
+def test_a_step_at_which_all_stop_is_told_from_one_at_which_none_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(early_exit, "answers", lambda snn, data: data)
+    right = torch.tensor([[False], [True], [True]]).expand(3, 40)
+    leads = torch.tensor([[9.0], [1.0], [0.0]]).expand(3, 40)
+    (row,) = savings(None, (right, leads), (right, leads), (0.0,))  # type: ignore[arg-type]
+    assert (row.steps, row.margins[0]) == (2.0, None)
+    assert row.margins[1] is not None and row.margins[1] <= 1.0

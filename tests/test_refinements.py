@@ -252,7 +252,8 @@ def test_large_inputs_come_in_smaller_batches(network: nn.Module, images: Tensor
     snn, ann = qs.convert(network, images, balanced()), fit(network, ImageStream(images), balanced())
     both = Lockstep(snn, ann, channel_means, lambda name, firing, current, wanted: current)
     assert [len(given[""]) for _, given in both.over(ImageStream(images), 25, 20)] == [10, 10, 5]
-    assert both.share == 0.5
+    # Of the last batch.
+    assert both.share == 5 / 20
     assert [len(given[""]) for _, given in both.over(ImageStream(images), 8, 20)] == [8]
     assert both.share == 1
 
@@ -439,3 +440,26 @@ def test_a_layers_loss_moves_its_own_weights_alone(images: Tensor) -> None:
         weight = snn.network.get_submodule("1").weight
         (gradient,) = torch.autograd.grad(fitting.distances["4"], weight, allow_unused=True)
         assert (gradient is not None and bool(gradient.ne(0).any())) == moved
+
+
+def test_weights_are_calibrated_where_they_can_be(network: nn.Module, images: Tensor) -> None:
+    weights = qs.refinements.WeightCalibration(iterations=2)
+    with pytest.raises(OptionError, match="in front of it"):
+        qs.convert(network, images, balanced(8) | qs.refinements.ResidualMask() | weights)
+    with torch.inference_mode(), pytest.raises(OptionError, match="outside torch"):
+        qs.convert(network, images, balanced() | weights)
+    with pytest.raises(OptionError, match="half precision"):
+        qs.convert(copy.deepcopy(network).half(), images.half(), balanced() | weights)
+    snn = qs.convert(network, images, balanced() | weights)
+    assert not any(parameter.grad is not None for parameter in snn.parameters())
+    assert snn.network.head.weight.requires_grad
+
+
+def test_a_layer_that_is_silent_on_a_batch_does_not_drown_the_others(images: Tensor) -> None:
+    """Divided by nothing, one stray spike would fill what Adam remembers."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(128, 12), nn.ReLU(), nn.Linear(12, 4)).eval()
+    snn = qs.convert(net, images, balanced())
+    fitting = _Fitting(snn, {"2": torch.zeros(96, 12)}, True)
+    fitting.run(images)
+    assert 1 < float(fitting.distances["2"].detach()) < 2000

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import quickspike as qs
+from quickspike.anatomy import anatomy_of
 from quickspike.early_exit import Exit, leads_of
 from quickspike.errors import ConversionError, OptionError
 from quickspike.hub import model_card
 from quickspike.neuron import Neuron, NeuronParameters, integrate, unfold
 from quickspike.refinements import BiasCorrection, OffsetShift, ResidualMask
 from quickspike.rehearsal import AfterRehearsal, RehearsedNeuron
+from quickspike.searching import Candidate, _likeness, _Trials
 from quickspike.simulation import simulate
 
 HALF = NeuronParameters(torch.ones(()), initial=0.5)
@@ -171,10 +173,10 @@ def test_a_network_is_kept_in_a_file(
 
 
 def test_latency_counts_the_first_runs(digits_calibration: Tensor) -> None:
-    """Three layers of neurons, each three steps behind the one before; a mask is part of the T steps."""
+    """Of three layers the first has even currents; the others are three steps behind. A mask is part of the T steps."""
     assert refined(None, digits_calibration).latency == 8
-    assert refined(OffsetShift(rho=3), digits_calibration).latency == 8 + 3 * 3
-    assert refined(OffsetShift(rho=3), digits_calibration).with_steps(2).latency == 2 + 3 * 2
+    assert refined(OffsetShift(rho=3), digits_calibration).latency == 8 + 2 * 3
+    assert refined(OffsetShift(rho=3), digits_calibration).with_steps(2).latency == 2 + 2 * 2
     assert refined(ResidualMask(tau=3), digits_calibration).latency == 8
 
 
@@ -252,3 +254,45 @@ def test_programs_that_know_no_first_run_refuse_it(digits_calibration: Tensor, t
             with pytest.raises(OptionError, match="convert without offset_shift and residual_mask"):
                 use()
         assert not list(tmp_path.iterdir())
+
+
+def test_where_errors_come_from_is_told_of_shifted_neurons_and_not_of_masked_ones(digits_calibration: Tensor, images: Tensor) -> None:
+    shifted, masked = refined(OffsetShift(rho=3), digits_calibration), refined(ResidualMask(tau=3), digits_calibration)
+    for one in anatomy_of(shifted, images).sites:
+        assert one.shares["neuron"] < 1e-3
+    with pytest.raises(OptionError, match="do not count behind a residual_mask"):
+        anatomy_of(masked, images[:13])
+    with pytest.raises(OptionError, match="do not count behind a residual_mask"):
+        qs.evaluate(masked, [(images, torch.zeros(60, dtype=torch.long))], anatomy=5)
+
+
+@pytest.mark.parametrize("refinement", [OffsetShift(rho=3), ResidualMask(tau=3)])
+def test_torch_compile_gives_the_same(refinement: OffsetShift | ResidualMask, digits_calibration: Tensor, images: Tensor) -> None:
+    snn = refined(refinement, digits_calibration)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(snn, backend="eager")(images), snn(images))
+
+
+def test_steps_that_are_run_ahead_are_counted(digits_calibration: Tensor, images: Tensor) -> None:
+    counted = [qs.count_operations(refined(one, digits_calibration), images) for one in (None, OffsetShift(rho=4))]
+    updates = [{row.name: row.updates for row in operations.rows if row.kind == "neurons"} for operations in counted]
+    first = next(iter(updates[0]))
+    for name, plain in updates[0].items():
+        assert updates[1][name] == plain * (1 if name == first else 1.5)
+
+
+def test_a_search_knows_their_latency(digits_calibration: Tensor) -> None:
+    """Behind two layers that are four steps late 20 steps of latency leave T = 12, and 5 leave T = 1."""
+    torch.manual_seed(0)
+    hidden = [part for _ in range(2) for part in (nn.Linear(16, 16), nn.ReLU())]
+    source = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), *hidden, nn.Linear(16, 10)).eval()
+    trials = _Trials(source, digits_calibration, [], 0.0, None, "cpu", None, None, None, None, lambda trial: True)
+    shifted = Candidate("threshold_balancing", {"refinements": (OffsetShift(rho=4),)})
+    assert [trials.steps_within(shifted, latency, 64) for latency in (20, 19, 12, 5, 1, 1000)] == [12, 11, 4, 1, 1, 64]
+    for options, within in (({}, 20), ({"synchronous": True}, 6)):
+        assert trials.steps_within(Candidate("threshold_balancing", options), 20, 64) == within
+
+
+def test_a_search_tells_first_runs_apart(digits_calibration: Tensor) -> None:
+    likenesses = {_likeness(refined(one, digits_calibration)) for one in (None, ResidualMask(tau=1), ResidualMask(tau=5), OffsetShift())}
+    assert len(likenesses) == 4

@@ -30,9 +30,9 @@ SMALLEST_SHARE = 1e-3
 class StreamingHistogram:
     """Positive activations of each channel, counted in constant memory over any number of batches.
 
-    Each channel has `BINS` equal bins on [0, limit), limit a power of two that doubles when a value does not fit
+    Each channel has `bins` equal bins on [0, limit), limit a power of two that doubles when a value does not fit
     (neighbouring bins merge, so no count is lost). Zeros and negative values are counted, not binned. The error of a
-    quantile is at most one bin, 2/BINS of the channel's largest value.
+    quantile is at most one bin, 2/bins of the channel's largest value.
     """
 
     def __init__(self, channels: int, bins: int = BINS) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor, fx
 
 from quickspike.conversion import SpikingNetwork
 from quickspike.data import Batches, labelled_batches
-from quickspike.errors import ConversionError, DataError
+from quickspike.errors import ConversionError, DataError, OptionError
 from quickspike.neuron import AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, Timed, integrate, unfold
 from quickspike.operators import FUNCTION_NAMES
 from quickspike.structure import first
@@ -142,6 +142,15 @@ class _Sums:
     rates: Tensor = field(default_factory=lambda: torch.zeros(10, dtype=torch.int64))
 
 
+def check_anatomy(snn: SpikingNetwork) -> None:
+    """Raise OptionError if no mean over all steps of `snn` speaks for its answer."""
+    masked = [name for name, neuron in snn.neurons().items() if neuron.first_run and neuron.first_run[0] == "mask"]
+    if masked:
+        raise OptionError(
+            f"errors of layers are those of means over all T steps, some of which do not count behind a residual_mask ({masked[0]})"
+        )
+
+
 def anatomy_of(snn: SpikingNetwork, data: Batches) -> Anatomy:
     """Split the conversion error of every site on images.
 
@@ -151,9 +160,11 @@ def anatomy_of(snn: SpikingNetwork, data: Batches) -> Anatomy:
         data: images, with labels or without.
 
     Raises:
+        OptionError: see `check_anatomy`.
         ConversionError: an accelerated network.
         DataError: there are no images, or they are unusable.
     """
+    check_anatomy(snn)
     if "engine" in snn.provenance:
         raise ConversionError(f"a network made for the {snn.provenance['engine']['name']} engine; look into the one it was made from")
     sums = {site.name: _Sums() for site in snn.sites}
@@ -248,7 +259,10 @@ class _Plain(_Kept):
 
 
 def replay(neuron: Neuron, current: Tensor, steps: int) -> Tensor:
-    """What integrate-and-fire neurons that subtract theta give for these currents, `[T*B, ...]`."""
+    """What integrate-and-fire neurons that subtract theta give for these currents, `[T*B, ...]`; shifted ones, from where they start."""
+    if neuron.first_run:
+        given: Tensor = neuron(current)
+        return given
     theta, leak = neuron.bounded()
     constant = neuron.constant_input or neuron.averaged
     if neuron.averaged and not neuron.constant_input:

@@ -107,9 +107,11 @@ def _layer_to_json(layer: nn.Module) -> dict[str, Any]:
         arguments: dict[str, Any] = {"constant_input": layer.constant_input, "scaled": layer.scaled, "strict": layer.strict}
         arguments["averaged"] = layer.averaged
         arguments |= {flag: True for flag in ("signed", "to_zero") if getattr(layer, flag)}
+        arguments |= {"surrogate": dataclasses.asdict(layer.surrogate)}
         if isinstance(layer, RehearsedNeuron):
-            arguments |= {"rehearsal": {"kind": layer.kind, "steps": layer.rehearsal}}
-        return {"type": "Neuron", "arguments": arguments | {"surrogate": dataclasses.asdict(layer.surrogate)}}
+            # A type of its own, so that versions that do not know of it do not take it for a plain one.
+            return {"type": "RehearsedNeuron", "arguments": arguments | {"kind": layer.kind, "rehearsal": layer.rehearsal}}
+        return {"type": "Neuron", "arguments": arguments}
     if isinstance(layer, AfterRehearsal):
         return {"type": "AfterRehearsal", "arguments": {"rehearsal": layer.rehearsal}}
     if type(layer).__name__ in _PLAIN_TIMED:
@@ -275,14 +277,14 @@ def _place(root: nn.Module, path: str, thing: nn.Module | Tensor) -> None:
 
 def _layer_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor], steps: int, name: str) -> nn.Module:
     kind, arguments = data["type"], data["arguments"]
-    if kind == "Neuron":
+    if kind in ("Neuron", "RehearsedNeuron"):
         surrogate = Surrogate(**arguments["surrogate"])
         # Flags that came later are left out where they are false, and so they are in files from before.
         later = dict.fromkeys(("averaged", "signed", "to_zero"), False)
         flags = {flag: _flag({**later, **arguments}, flag) for flag in ("scaled", "strict", *later)}
         made = (NeuronParameters(torch.ones(()), **flags), steps, _flag(arguments, "constant_input"), surrogate)
-        first = arguments.get("rehearsal")
-        neuron = Neuron(*made) if first is None else RehearsedNeuron(*made, kind=first["kind"], rehearsal=first["steps"])
+        first_run = {} if kind == "Neuron" else {key: arguments[key] for key in ("kind", "rehearsal")}
+        neuron = RehearsedNeuron(*made, **first_run) if first_run else Neuron(*made)
         # Past the checks of NeuronParameters: training may have left a threshold below 0, where it acts as the smallest.
         for key, tensor in _exactly(tensors, _NEURON_TENSORS, name).items():
             neuron.register_parameter(key, nn.Parameter(tensor, requires_grad=False))

@@ -289,7 +289,7 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure a spiking network on test images: accuracy after each number of steps, and firing rates."""
-    from quickspike.anatomy import anatomy_of
+    from quickspike.anatomy import anatomy_of, check_anatomy
     from quickspike.checkpoint import load
     from quickspike.claims import filled_in
     from quickspike.early_exit import Saving, check_exit, check_loss, savings
@@ -319,6 +319,8 @@ def evaluate(
     if memory is not None:
         in_bytes(memory)
     snn = load(network)
+    if anatomy:
+        check_anatomy(snn)
     if exit:
         check_exit(snn)
     if weights is not None and reference is None:

@@ -252,7 +252,8 @@ class SpikingNetwork(nn.Module):
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or tuple(images.shape[1:]) == self.input_shape:
+            own = isinstance(error, (torch.OutOfMemoryError, NotImplementedError, RecursionError)) or "allocate" in str(error)
+            if own or images.is_cuda or tuple(images.shape[1:]) == self.input_shape or images.dtype != next(self.parameters()).dtype:
                 raise
             fits, reason = ", ".join(map(str, ("B", *self.input_shape))), str(error).strip().splitlines()[0]
             raise DataError(

@@ -36,7 +36,7 @@ def image_batches(source: Batches) -> Iterator[Tensor]:
     Raises:
         DataError: an element holds no image tensor.
     """
-    for images, _ in _raw_batches(source):
+    for _, images, _ in _raw_batches(source):
         yield images
 
 
@@ -46,9 +46,14 @@ def labelled_batches(source: Batches) -> Iterator[tuple[Tensor, Tensor | None]]:
     Raises:
         DataError: an element is neither a tensor, a (tensor, labels) pair nor a dict with a known key.
     """
-    for number, (images, labels) in enumerate(_raw_batches(source), 1):
+    for _, images, labels in _numbered(source):
+        yield images, labels
+
+
+def _numbered(source: Batches, first: int = 1, step: int = 1) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    for number, images, labels in _raw_batches(source, first, step):
         try:
-            yield images, None if labels is None else torch.as_tensor(labels)
+            yield number, images, None if labels is None else torch.as_tensor(labels)
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(f"batch {number}: its labels are no whole numbers ({error})") from error
 
@@ -62,12 +67,16 @@ def share_of(source: Batches, rank: int, processes: int) -> Iterator[tuple[int, 
         DataError: see `labelled_batches`.
     """
     if processes > 1 and _in_order(source):
-        for i, batch in enumerate(labelled_batches(_every(source, rank, processes))):
-            yield rank + 1 + i * processes, *batch
+        yield from _numbered(_every(source, rank, processes), rank + 1, processes)
         return
-    for number, batch in enumerate(labelled_batches(source), 1):
+    for number, images, labels in _numbered(source):
         if (number - 1) % processes == rank:
-            yield number, *batch
+            yield number, images, labels
+
+
+_OF_WORKERS = ("prefetch_factor", "multiprocessing_context", "timeout")
+_HOW = ("num_workers", "collate_fn", "pin_memory", "worker_init_fn", "generator", *_OF_WORKERS)
+"""How a DataLoader reads, whatever it reads; the first are for worker processes only."""
 
 
 def _in_order(source: Any) -> bool:
@@ -83,11 +92,11 @@ def _every(source: Any, start: int, step: int) -> Any:
         part.source = _every(source.source, start, step)
         return part
     batches = list(itertools.islice(source.batch_sampler, start, None, step))
-    how = {name: getattr(source, name) for name in ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn")}
+    how = {name: getattr(source, name) for name in _HOW if source.num_workers or name not in _OF_WORKERS}
     return DataLoader(source.dataset, batch_sampler=batches, **how)
 
 
-def _raw_batches(source: Batches) -> Iterator[tuple[Any, Any]]:
+def _raw_batches(source: Batches, first: int = 1, step: int = 1) -> Iterator[tuple[int, Any, Any]]:
     if isinstance(source, Tensor):
         check_batch(source, "the image batch")
         source = torch.split(source, BATCH)
@@ -96,8 +105,8 @@ def _raw_batches(source: Batches) -> Iterator[tuple[Any, Any]]:
     except TypeError:
         kind = type(source).__name__
         raise DataError(f"expected a tensor or an iterable of batches, got {kind}; wrap a Dataset in a DataLoader") from None
-    for number, batch in enumerate(iterator, 1):
-        yield _split(batch, number)
+    for number, batch in zip(itertools.count(first, step), iterator):
+        yield number, *_split(batch, number)
 
 
 def _split(batch: Any, number: int) -> tuple[Any, Any]:

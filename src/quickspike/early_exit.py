@@ -42,7 +42,8 @@ class Exit:
         """
         if logits.ndim != 2:
             raise OptionError(f"an early exit needs logits [B, K], got {list(logits.shape)}")
-        return leads_of(logits) >= self.margins[step - 1]
+        margin = self.margins[step - 1]
+        return (leads_of(logits) >= margin) & (margin < math.inf)
 
     def check(self, snn: SpikingNetwork) -> None:
         """Raise OptionError unless the margins were set for the steps of `snn`, which has an answer after each."""
@@ -114,7 +115,8 @@ def savings(snn: SpikingNetwork, held_out: Batches, test: Batches, losses: Seque
         margins = choose(*known, loss).margins
         stops = stop_steps(leads, margins)
         accuracy = 100 * float(right.gather(0, stops[None]).double().mean())
-        finite = tuple(margin if math.isfinite(margin) else None for margin in margins)
+        # A lead is never below 0.
+        finite = tuple(max(margin, 0.0) if margin < math.inf else None for margin in margins)
         rows.append(Saving(loss, finite, float((stops + 1).double().mean()), accuracy))
     return tuple(rows)
 
@@ -128,7 +130,8 @@ def check_loss(loss: float) -> None:
 def check_exit(snn: SpikingNetwork) -> None:
     """Raise OptionError if `snn` has no answer before its last step."""
     if snn.synchronous:
-        raise OptionError("an early exit needs an answer after every step, but layers of this network wait for whole windows")
+        what = "whole windows" if any(neuron.averaged for neuron in snn.neurons().values()) else "the first steps of those before"
+        raise OptionError(f"an early exit needs an answer after every step, but layers of this network wait for {what}")
 
 
 def answers(snn: SpikingNetwork, data: Batches) -> tuple[Tensor, Tensor]:
@@ -208,5 +211,8 @@ def _margins(right: Tensor, leads: Tensor, level: float) -> tuple[float, ...]:
 
 def stop_steps(leads: Tensor, margins: Sequence[float]) -> Tensor:
     """Index of the step at which each sample stops, `[N]`: the first whose lead `[T, N]` reaches its margin, else the last."""
-    reached = leads >= torch.tensor([*margins, -math.inf], dtype=torch.float64)[:, None]
+    limits = torch.tensor([*margins, -math.inf], dtype=torch.float64)[:, None]
+    reached = (leads >= limits) & (limits < math.inf)
+    # Logits that are no numbers have no lead at all.
+    reached[-1] = True
     return reached.int().argmax(0)

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from quickspike.anatomy import Anatomy, SiteAnatomy, anatomy_of
+from quickspike.anatomy import Anatomy, SiteAnatomy, anatomy_of, check_anatomy
 from quickspike.capture import check_batch, copy_of
 from quickspike.conversion import SpikingNetwork
 from quickspike.data import Batches, share_of
-from quickspike.errors import DataError, OptionError, QuickspikeError
+from quickspike.errors import DataError, OptionError
 from quickspike.memory import in_bytes, keep_freed_memory
 from quickspike.processor import warn_of_slow
 from quickspike.provenance import machine, versions
@@ -52,7 +52,7 @@ class Report:
     rates: dict[str, float]
     """Mean spikes per neuron and step at each site over the whole run, in [0, 1]."""
     latency: dict[int, int]
-    """Steps until the answer is there: T itself, or depth x T where layers wait for whole windows."""
+    """Steps until the answer is there: T itself, or more where layers wait for steps of those before (depth x T for whole windows)."""
     method: dict[str, Any]
     provenance: dict[str, Any]
     seconds: float
@@ -164,6 +164,8 @@ def evaluate(
         raise OptionError(f"engine_precision={engine_precision!r} needs an engine that has it; give engine='fused' too")
     if not isinstance(anatomy, int) or anatomy < 0:
         raise OptionError(f"anatomy must be a whole number of images >= 0, got {anatomy!r}")
+    if anatomy:
+        check_anatomy(snn)
     # Processes that are given may train in mixed precision; figures are those of the weights as they are.
     single = fabric is not None and precision == "32-true"
     fabric = fabric or make_fabric(device, precision)
@@ -219,7 +221,7 @@ def together(fabric: Fabric) -> Iterator[None]:
     """
     try:
         yield
-    except QuickspikeError:
+    except BaseException:
         summed(fabric, [1])
         raise
     if summed(fabric, [0]) != [0]:

@@ -92,8 +92,8 @@ class Lockstep:
         values = images.example.numel() * (1 if self.windows else self.snn.steps)
         wished = min(size, count)
         some = min(wished, max(1, MOST_VALUES // values))
-        self.share = some / wished
         for batch in rebatched(images.some(count), some):
+            self.share = len(batch) / wished
             wanted, given = self.run(batch.to(parameter))
             yield places(wanted), places(given)
 

@@ -106,7 +106,7 @@ def parts(snn: SpikingNetwork, images: Tensor, memory: int, *, counted: bool = T
     if whole <= memory:
         return Parts(int(memory // whole), snn.steps)
     if snn.summed or snn.synchronous:
-        raise _too_little(whole, memory, "its layers wait for whole windows")
+        raise _too_little(whole, memory, "its layers wait for steps of those before")
     steps = int((memory - one - need.states) // (WORKSPACE * need.timed))
     if steps < 1:
         raise _too_little(one + need.states + WORKSPACE * need.timed, memory, "one step of it")

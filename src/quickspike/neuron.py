@@ -389,10 +389,11 @@ class Neuron(Timed):
         initial, amplitude = self.initial * theta, self.height(theta)
         rule = self.rule(steps, constant)
         learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, theta, leak, amplitude))
-        compiled = self.compiled and not learning and not self.to_zero
+        # Fallen back from inside torch.compile: it takes the operator of forward(), but no loop that keeps its state.
+        compiled = self.compiled and not learning and not self.to_zero and not torch.compiler.is_compiling()
         compiled = compiled and kernels.applies(x, (initial, theta, leak, amplitude), steps, self.surrogate.shape)
         if self.signed:
-            scan = kernels.fire_signed if compiled and x.device.type == "cpu" and not torch.compiler.is_compiling() else _signed_scan
+            scan = kernels.fire_signed if compiled and x.device.type == "cpu" else _signed_scan
             out, v, left = scan(x, initial if v is None else v, left, theta, leak, amplitude, rule)
             out, mask = self._dropped(self._given(out), mask, steps)
             return out, (v, mask, left)
@@ -461,7 +462,7 @@ class Neuron(Timed):
         if steps != self.steps:
             raise ConversionError(
                 f"neurons that wait for all {self.steps} steps of the layer before cannot run {steps} at a time. "
-                "Way out: simulate without step_by_step, tune with chunk=0, or convert with streaming neurons"
+                "Way out: simulate without step_by_step, tune with chunk=0, or convert without synchronous and offset_shift"
             )
 
     def extra_repr(self) -> str:

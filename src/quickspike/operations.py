@@ -218,9 +218,9 @@ class _Counter(fx.Interpreter):
         self._arrive(str(n.target), signal.events)
         events = value.ne(0).float()
         leaky = bool(layer.bounded()[1].ne(1).any())
-        self._count(
-            str(n.target), "neurons", updates=float(value.numel()), leaks=float(value.numel()) if leaky else 0.0, spikes=_sum(events)
-        )
+        # Steps that are simulated ahead are updates, too; their spikes go nowhere.
+        updates = float(value.numel()) * (1 + layer.delay / self.snn.steps if layer.first_run else 1)
+        self._count(str(n.target), "neurons", updates=updates, leaks=updates if leaky else 0.0, spikes=_sum(events))
         return _Signal(events, None, True)
 
     def _arrive(self, name: str, events: Tensor | None) -> None:

@@ -6,6 +6,7 @@ run the membrane potential tells: it is below 0 where spikes were too many, and 
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from quickspike.conversion import SpikingNetwork
 from quickspike.errors import ConversionError, OptionError
 from quickspike.neuron import Neuron, NeuronParameters, Surrogate, Timed, potentials, single, unfold
 from quickspike.structure import places
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["mask", "shift"]
 RESIDUAL = 1e-3
@@ -73,7 +76,8 @@ class RehearsedNeuron(Neuron):
 
     @property
     def delay(self) -> int:
-        return min(self.rehearsal, self.steps) if self.kind == "shift" else 0
+        # Currents that are the same at every step shift nothing.
+        return min(self.rehearsal, self.steps) if self.kind == "shift" and not self.constant_input else 0
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scan(x, None, self.steps)[0]
@@ -159,6 +163,8 @@ def rehearse(snn: SpikingNetwork, kind: Kind, steps: int, who: str) -> None:
     Raises:
         OptionError: some neurons cannot; `who` wants it.
     """
+    if kind == "mask" and steps >= snn.steps:
+        logger.warning("%s: a first run of %d steps leaves none of T = %d for the answer, and changes nothing", who, steps, snn.steps)
     for name, neuron in snn.neurons().items():
         if neuron.first_run:
             raise OptionError(f"{who}: the neurons have a first run already ({name}); take one of offset_shift and residual_mask, once")

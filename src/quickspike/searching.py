@@ -165,7 +165,7 @@ def search(
 
             if math.isfinite(latency):
                 # More steps than these would be no gain; a candidate that fails even there is left at that.
-                most = max(1, min(most_steps, int(latency // trials_of.latency_of_a_step(candidate))))
+                most = trials_of.steps_within(candidate, latency, most_steps)
                 least = _between(enough, 0, most) if enough(most) else None
             else:
                 least = _least(enough, most_steps)
@@ -320,11 +320,16 @@ class _Trials:
         key = json.dumps([str(candidate), steps, self.about], sort_keys=True, default=str)
         return f"{candidate.method}_t{steps}_{sha256(key.encode()).hexdigest()[:12]}"
 
-    def latency_of_a_step(self, candidate: Candidate) -> float:
-        """Steps of latency that a step costs: more than 1 where layers wait. The graph shows it, whatever it is calibrated on."""
+    def steps_within(self, candidate: Candidate, latency: float, most: int) -> int:
+        """The largest T, from 1 to `most`, whose latency is no larger. The graph shows it, whatever it is calibrated on."""
         few = next(image_batches(self.calibration))[:8]
-        # With one step nothing waits.
-        return convert(self.model, few, candidate.method, steps=2, **candidate.options).latency / 2
+        snn = convert(self.model, few, candidate.method, steps=2, **candidate.options)
+        least, beyond = 1, most + 1
+        while beyond - least > 1:
+            middle = (least + beyond) // 2
+            snn.set_steps(middle)
+            least, beyond = (middle, beyond) if snn.latency <= latency else (least, middle)
+        return least
 
     def _made(self, candidate: Candidate, steps: int) -> Trial:
         started = time.perf_counter()

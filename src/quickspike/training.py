@@ -330,7 +330,7 @@ def _every_step_of(module: nn.Module, stage: str) -> _EveryStep:
     if not isinstance(module, SpikingNetwork):
         raise OptionError(f"stage {stage}: every_step is for fine-tuning a spiking network; a source network knows no steps")
     if module.synchronous and module.steps > 1:
-        raise OptionError(f"stage {stage}: every_step needs neurons that stream; these wait for whole windows of T = {module.steps}")
+        raise OptionError(f"stage {stage}: every_step needs neurons that stream; these wait for steps of T = {module.steps}")
     return _EveryStep(module)
 
 

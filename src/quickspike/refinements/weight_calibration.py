@@ -29,7 +29,8 @@ from quickspike.structure import Outputs, tensors
 
 LAYERS = (*CONVOLUTIONS, nn.Linear, Affine)
 SMALLEST = 1e-12
-"""Mean square of activations, at least: a silent layer has none."""
+SILENT = 1e-3
+"""Mean square of activations that is divided by, at least, in squares of the height of a spike."""
 
 
 @refinement
@@ -60,10 +61,16 @@ class WeightCalibration(Refinement):
 
     def refine(self, snn: SpikingNetwork, ann: Traced, images: ImageStream) -> None:
         network = snn.network
+        if any(neuron.first_run and neuron.first_run[0] == "mask" for neuron in snn.neurons().values()):
+            raise OptionError("residual_mask lets no mean over all steps speak for the answer; write weight_calibration in front of it")
+        if torch.is_inference_mode_enabled():
+            raise OptionError("weight_calibration needs gradients; convert outside torch.inference_mode()")
         layers = [layer for layer in network.modules() if type(layer) in LAYERS]
-        parameters = [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
+        parameters = list(dict.fromkeys(parameter for layer in layers for parameter in layer.parameters(recurse=False)))
         if not parameters:
             raise OptionError("weight_calibration: no layer has weights to calibrate")
+        if any(parameter.dtype == torch.float16 for parameter in parameters):
+            raise OptionError("weight_calibration takes steps that half precision rounds to nothing; convert model.float()")
         learned = [parameter.requires_grad for parameter in parameters]
         optimiser = torch.optim.Adam([parameter.requires_grad_() for parameter in parameters], self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.iterations)
@@ -104,8 +111,8 @@ class WeightCalibration(Refinement):
         return torch.stack([*fitting.distances.values(), *readouts]).sum()
 
 
-def _distance(found: Tensor, wanted: Tensor) -> Tensor:
-    return (found - wanted).square().mean() / wanted.square().mean().clamp_min(SMALLEST)
+def _distance(found: Tensor, wanted: Tensor, least: Tensor | float = SMALLEST) -> Tensor:
+    return (found - wanted).square().mean() / wanted.square().mean().clamp_min(least)
 
 
 class _Fitting(fx.Interpreter):
@@ -118,7 +125,10 @@ class _Fitting(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         out = super().call_module(target, args, kwargs)
-        if not isinstance(self.fetch_attr(target), Neuron):
+        neuron = self.fetch_attr(target)
+        if not isinstance(neuron, Neuron):
             return out
-        self.distances[target] = _distance(unfold(out, self.steps).mean(0), self.wanted[target])
+        # A layer that is silent on this batch has no unit of its own.
+        least = SILENT * neuron.height(neuron.bounded()[0]).detach().square().mean()
+        self.distances[target] = _distance(unfold(out, self.steps).mean(0), self.wanted[target], least)
         return out.detach() if self.apart else out
