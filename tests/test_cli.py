@@ -266,7 +266,7 @@ def test_what_stops_early_is_what_was_measured(network: Path, run: Any) -> None:
     data = load_data("digits")
     held_out, test = data.loader("train", limit=data.size("train"), last=True), data.loader("test")
     coarse, plain = (
-        [dataclasses.asdict(row) for row in savings(snn, held_out, test, (3.0,))]
+        json.loads(json.dumps([dataclasses.asdict(row) for row in savings(snn, held_out, test, (3.0,))]))
         for snn in (qs.accelerate(qs.load(network), "integer", bits=2), qs.load(network))
     )
     assert shown == coarse
