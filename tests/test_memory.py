@@ -62,7 +62,7 @@ def test_the_parts_follow_from_the_values_that_are_alive(chain: tuple[qs.Spiking
     assert parts(snn, images, int(fixed + states + each) + 1) == Parts(1, 1)
     with pytest.raises(OptionError, match=r"one sample needs about [\d.]+ KiB \(.*\), more than the [\d.]+ KiB allowed"):
         parts(snn, images, int(fixed + states + each) - 1)
-    with pytest.raises(OptionError, match="wait for whole windows"):
+    with pytest.raises(OptionError, match="wait for steps of those before"):
         parts(snn.as_synchronous(), images, whole - 2)
     # The currents of the first layer are read again at every step.
     single = fixed + 2 * states + 4 * 100 + each

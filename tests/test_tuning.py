@@ -351,7 +351,7 @@ def test_the_random_state_of_every_chunk_is_kept_on_the_device_of_the_images(
 def test_averaged_neurons_refuse_chunks(random_network: Any, random_images: Any) -> None:
     images = random_images("perceptron", 10)
     snn = qs.convert(random_network("perceptron"), images, "potential_init", steps=4, synchronous=True)
-    with pytest.raises(ConversionError, match=r"averaged neurons wait for all 4 steps.*3 at a time.*chunk=0"):
+    with pytest.raises(ConversionError, match=r"neurons that wait for all 4 steps.*3 at a time.*chunk=0"):
         outputs_in_chunks(snn, images, 3)
     with pytest.raises(ConversionError, match="chunk=0"):
         end_to_end(snn, Recorded(lambda module, _: module(images)), Tuning(chunk=3))
@@ -523,7 +523,7 @@ def test_only_networks_with_answers_after_every_step_can_learn_them(small: qs.Sp
     every = trainer(few, every_step=True)
     with pytest.raises(OptionError, match=r"every_step.*source network"):
         every(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), "source")
-    with pytest.raises(OptionError, match=r"every_step.*whole windows of T = 4"):
+    with pytest.raises(OptionError, match=r"every_step.*wait for steps of T = 4"):
         tune(small.as_synchronous(), every)
     # A window of one step is over at once.
     tune(small.as_synchronous().with_steps(1), every)
