@@ -77,6 +77,12 @@ def test_a_neuron_that_always_fired_keeps_its_potential() -> None:
     assert torch.equal(neuron("shift", 8)(x), Neuron(HALF, 8, False)(x))
 
 
+def test_a_neuron_that_never_fired_is_not_lowered() -> None:
+    x = currents(-2, -2, -2, -2, 9, 9, 9, 9)
+    assert torch.equal(neuron("shift", 8).shifted(x), currents(0.5))
+    assert float(neuron("shift", 8)(x).sum()) == 4
+
+
 def test_currents_that_come_evenly_shift_nothing() -> None:
     x = torch.rand(1, 500, generator=torch.Generator().manual_seed(0)) * 0.95
     assert torch.equal(neuron("shift", 8, 8, constant=True)(x), Neuron(HALF, 8, True)(x))
