@@ -5,8 +5,8 @@
 #
 # MODEL.py:FACTORY builds the network (16/32/64 channels, input normalised by the ImageNet mean and deviation), WEIGHTS
 # is its state dict, CIFAR10.npz holds train_images, train_labels, test_images, test_labels as uint8.
-# Calibration: the first 1,000 training images. A run that was stopped goes on where it stopped. About 35 minutes on two
-# CPU cores, the refined ones as much again; METHODS="..." runs some only, STEPS="..." other T.
+# Calibration: the first 1,000 training images. A run that was stopped goes on where it stopped. The first three take about
+# 35 minutes on two CPU cores; METHODS="..." runs some only, STEPS="..." other T.
 set -euo pipefail
 model=$1 weights=$2 data=npz:$3 out=${4:-runs/resnet20_cifar10}
 quickspike=${QUICKSPIKE:-.venv/bin/quickspike}

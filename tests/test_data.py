@@ -807,7 +807,10 @@ def test_a_process_reads_its_own_batches_alone(processes: int, wrapped: bool) ->
     for rank in range(processes):
         images = Noting()
         source: Any = DataLoader(images, batch_size=3)
-        own = [(number, labels.tolist()) for number, _, labels in share_of(Wrapped(source) if wrapped else source, rank, processes)]  # type: ignore[union-attr]
+        own = []
+        for number, _, labels in share_of(Wrapped(source) if wrapped else source, rank, processes):
+            assert labels is not None
+            own.append((number, labels.tolist()))
         assert images.read == [label for _, labels in own for label in labels]
         seen += own
     assert sorted(seen) == [(1, [0, 1, 2]), (2, [3, 4, 5]), (3, [6, 7, 8]), (4, [9])]

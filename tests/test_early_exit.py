@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -200,6 +201,8 @@ def test_a_step_at_which_all_stop_is_told_from_one_at_which_none_does(monkeypatc
     monkeypatch.setattr(early_exit, "answers", lambda snn, data: data)
     right = torch.tensor([[False], [True], [True]]).expand(3, 40)
     leads = torch.tensor([[9.0], [1.0], [0.0]]).expand(3, 40)
-    (row,) = savings(None, (right, leads), (right, leads), (0.0,))  # type: ignore[arg-type]
+    network: Any = None
+    known: Any = (right, leads)
+    (row,) = savings(network, known, known, (0.0,))
     assert (row.steps, row.margins[0]) == (2.0, None)
     assert row.margins[1] is not None and row.margins[1] <= 1.0

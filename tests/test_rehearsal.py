@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -14,16 +15,17 @@ from quickspike.early_exit import Exit, leads_of
 from quickspike.errors import ConversionError, OptionError
 from quickspike.hub import model_card
 from quickspike.neuron import Neuron, NeuronParameters, integrate, unfold
+from quickspike.refinement import Refinement
 from quickspike.refinements import BiasCorrection, OffsetShift, ResidualMask
-from quickspike.rehearsal import AfterRehearsal, RehearsedNeuron
+from quickspike.rehearsal import AfterRehearsal, Kind, RehearsedNeuron
 from quickspike.searching import Candidate, _likeness, _Trials
 from quickspike.simulation import simulate
 
 HALF = NeuronParameters(torch.ones(()), initial=0.5)
 
 
-def neuron(kind: str, steps: int, rehearsal: int = 4, *, constant: bool = False) -> RehearsedNeuron:
-    return RehearsedNeuron(HALF, steps, constant, kind=kind, rehearsal=rehearsal)  # type: ignore[arg-type]
+def neuron(kind: Kind, steps: int, rehearsal: int = 4, *, constant: bool = False) -> RehearsedNeuron:
+    return RehearsedNeuron(HALF, steps, constant, kind=kind, rehearsal=rehearsal)
 
 
 def currents(*values: float) -> Tensor:
@@ -147,7 +149,7 @@ def images(digits_test: tuple[Tensor, Tensor]) -> Tensor:
     return digits_test[0][:60]
 
 
-def refined(refinement: object, digits_calibration: Tensor, steps: int = 8) -> qs.SpikingNetwork:
+def refined(refinement: Refinement | None, digits_calibration: Tensor, steps: int = 8) -> qs.SpikingNetwork:
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1),
@@ -160,7 +162,7 @@ def refined(refinement: object, digits_calibration: Tensor, steps: int = 8) -> q
         nn.Linear(32, 10),
     ).eval()
     method = qs.methods.ThresholdBalancing(steps=steps)
-    return qs.convert(net, digits_calibration, method | refinement if refinement else method)  # type: ignore[operator]
+    return qs.convert(net, digits_calibration, method | refinement if refinement else method)
 
 
 @pytest.mark.parametrize("refinement", [OffsetShift(rho=3), ResidualMask(tau=3)])
@@ -232,7 +234,7 @@ def test_what_cannot_have_a_first_run_is_refused(digits_calibration: Tensor) -> 
     with pytest.raises(OptionError, match="write corrections in front of it"):
         convert(plain | ResidualMask() | BiasCorrection())
     with pytest.raises(ConversionError, match="mask or shift"):
-        neuron("other", 4)
+        neuron(cast(Kind, "other"), 4)
     with pytest.raises(ConversionError, match="without signs"):
         RehearsedNeuron(NeuronParameters(torch.ones(()), signed=True), 4, False, kind="mask", rehearsal=2)
     assert convert(plain | BiasCorrection() | ResidualMask()).steps == 4

@@ -144,11 +144,9 @@ class _Sums:
 
 def check_anatomy(snn: SpikingNetwork) -> None:
     """Raise OptionError if no mean over all steps of `snn` speaks for its answer."""
-    masked = [name for name, neuron in snn.neurons().items() if neuron.first_run and neuron.first_run[0] == "mask"]
-    if masked:
-        raise OptionError(
-            f"errors of layers are those of means over all T steps, some of which do not count behind a residual_mask ({masked[0]})"
-        )
+    if name := snn.masked():
+        why = "errors of layers are those of means over all T steps, some of which do not count behind a residual_mask"
+        raise OptionError(f"{why} ({name})")
 
 
 def anatomy_of(snn: SpikingNetwork, data: Batches) -> Anatomy:

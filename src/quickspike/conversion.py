@@ -137,6 +137,10 @@ class SpikingNetwork(nn.Module):
         """True if layers wait for steps of the layer before, so that T cannot be cut short."""
         return any(neuron.waits for neuron in self.neurons().values())
 
+    def masked(self) -> str | None:
+        """Neurons that are heard after a first run only, so that no mean over all T steps speaks for the answer; None without any."""
+        return next((name for name, neuron in self.neurons().items() if neuron.first_run and neuron.first_run[0] == "mask"), None)
+
     def refuse_first_runs(self, what: str) -> None:
         """Raise OptionError if neurons go through the first steps twice, which `what` has no place for."""
         for name, neuron in self.neurons().items():
@@ -252,8 +256,8 @@ class SpikingNetwork(nn.Module):
         try:
             yield
         except RuntimeError as error:
-            own = isinstance(error, (torch.OutOfMemoryError, NotImplementedError, RecursionError)) or "allocate" in str(error)
-            if own or images.is_cuda or tuple(images.shape[1:]) == self.input_shape or images.dtype != next(self.parameters()).dtype:
+            other = isinstance(error, (torch.OutOfMemoryError, NotImplementedError, RecursionError))
+            if other or images.is_cuda or tuple(images.shape[1:]) == self.input_shape or images.dtype != next(self.parameters()).dtype:
                 raise
             fits, reason = ", ".join(map(str, ("B", *self.input_shape))), str(error).strip().splitlines()[0]
             raise DataError(

@@ -221,7 +221,8 @@ def together(fabric: Fabric) -> Iterator[None]:
     """
     try:
         yield
-    except BaseException:
+    except Exception:
+        # An interrupt ends its process at once.
         summed(fabric, [1])
         raise
     if summed(fabric, [0]) != [0]:

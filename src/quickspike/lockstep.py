@@ -72,7 +72,7 @@ class Lockstep:
         pooled = any(type(layer) in MAX_POOLS for layer in layers)
         plain = not pooled and not any(neuron.first_run for neuron in snn.neurons().values())
         self.windows = plain and all(neuron.averaged or neuron.constant_input for neuron in snn.neurons().values())
-        if any(neuron.first_run and neuron.first_run[0] == "mask" for neuron in snn.neurons().values()):
+        if snn.masked():
             raise OptionError("residual_mask lets no mean over all steps speak for the answer; write corrections in front of it")
 
     def run(self, images: Tensor) -> tuple[Outputs, Outputs]:

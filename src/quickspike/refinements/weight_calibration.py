@@ -61,7 +61,7 @@ class WeightCalibration(Refinement):
 
     def refine(self, snn: SpikingNetwork, ann: Traced, images: ImageStream) -> None:
         network = snn.network
-        if any(neuron.first_run and neuron.first_run[0] == "mask" for neuron in snn.neurons().values()):
+        if snn.masked():
             raise OptionError("residual_mask lets no mean over all steps speak for the answer; write weight_calibration in front of it")
         if torch.is_inference_mode_enabled():
             raise OptionError("weight_calibration needs gradients; convert outside torch.inference_mode()")
