@@ -76,7 +76,8 @@ class WeightCalibration(Refinement):
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.iterations)
         try:
             with torch.enable_grad():
-                for batch in track(self._batches(snn, images), "calibrating weights"):
+                steps = track(range(self.iterations), "calibrating weights")
+                for _, batch in zip(steps, self._batches(snn, images), strict=True):
                     optimiser.zero_grad()
                     torch.autograd.backward(self._loss(snn, ann, batch))
                     optimiser.step()
