@@ -299,7 +299,9 @@ def to_spiking(ann: Traced, method: Method, provenance: Mapping[str, Any], surro
 
     Raises:
         ConversionError: no path from input to output passes a neuron.
+        OptionError: options for sites that the network does not have.
     """
+    method.check_sites(ann.sites)
     ann = ann if ann.folded else fold(ann)
     module = ann.copy_module()
     like = next((tensor for tensor in module.parameters() if tensor.is_floating_point()), torch.empty(0))

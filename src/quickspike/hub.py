@@ -629,7 +629,7 @@ def _citation(snn: SpikingNetwork) -> str:
         papers = [get(_method_name(snn)).paper, *(REFINEMENTS.get(one["name"]).paper for one in snn.method.get("refinements", ()))]
     except UnknownNameError:
         return f"## Citation\n\nThe method {_code(_method_name(snn))} is none that comes with quickspike; its paper is not known here."
-    of = [f"{_inline(paper.authors)} ({paper.year}), [arXiv {paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})" for paper in papers]
+    of = [f"{_inline(paper.authors)} ({paper.year}), [{paper.where}]({paper.address})" for paper in papers]
     entries = _block("\n\n".join(map(_bibtex, papers)), "bibtex")
     return f"## Citation\n\nThe method is that of {', refined as in '.join(of)}.\n\n{entries}"
 
@@ -642,13 +642,10 @@ def _bibtex(paper: Paper) -> str:
     word = next((word for word in re.findall(r"[a-z]+", paper.title.lower()) if word not in ("a", "an", "the", "can", "on")), "")
     last = re.sub(r"[^a-z]", "", authors[0].rpartition(" ")[2].lower())
     escaped = re.sub(r"([&%$#_])", r"\\\1", paper.title)
-    return f"""@misc{{{last}{paper.year}{word},
-  title         = {{{{{escaped}}}}},
-  author        = {{{" and ".join(authors)}}},
-  year          = {{{paper.year}}},
-  eprint        = {{{paper.arxiv}}},
-  archivePrefix = {{arXiv}},
-}}"""
+    where = {"eprint": paper.arxiv, "archivePrefix": "arXiv"} if paper.arxiv else {"howpublished": paper.venue, "url": paper.page}
+    fields = {"title": f"{{{escaped}}}", "author": " and ".join(authors), "year": paper.year, **where}
+    lines = "\n".join(f"  {key:13} = {{{value}}}," for key, value in fields.items())
+    return f"@misc{{{last}{paper.year}{word},\n{lines}\n}}"
 
 
 # Text

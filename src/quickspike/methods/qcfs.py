@@ -7,7 +7,7 @@ Spiking Neural Networks", ICLR 2022, arXiv 2303.04347.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from quickspike.method import Method, Paper, register
 from quickspike.neuron import NeuronParameters, reduced
 from quickspike.options import option
 from quickspike.training import Train, parameter_groups
+
+if TYPE_CHECKING:
+    from quickspike.methods.slip_relu import SlipReLU
 
 Support = Literal["inside", "clamp_after", "paper"]
 
@@ -62,20 +65,25 @@ class QCFS(Method):
         return QuantisedReLU(site, self.granularity, self.levels, self.support)
 
     def fit(self, ann: Traced, images: ImageStream, train: Train | None = None) -> None:
-        ceilings = [ceiling_at(site, ann.at(site)) for site in ann.sites]
-        images.feed(ann.module, ceilings)
-        for ceiling in ceilings:
-            histogram = ceiling.probe.histogram
-            # Without training the ceiling has to fit the staircase of T steps on its own.
-            untrained = histogram.squared_error_ceiling(self.steps, self.initial)
-            trained = torch.full_like(untrained, self.start) if self.start else histogram.percentile(self.percentile)
-            ceiling.start(untrained if train is None else trained)
-        if train is not None:
-            learned = [ceiling.mu for ceiling in ceilings]
-            train(ann.module, "ann", groups=parameter_groups(ann.module, learned, weight_decay=self.ceiling_decay))
+        learn_ceilings(self, ann, images, train)
 
     def neuron(self, site: Site, activation: nn.Module) -> NeuronParameters:
         return NeuronParameters(ceiling_at(site, activation).ceiling, initial=self.initial)
+
+
+def learn_ceilings(method: QCFS | SlipReLU, ann: Traced, images: ImageStream, train: Train | None) -> None:
+    """Start the ceilings at all sites from calibration images, and train the network with them if `train` is given."""
+    ceilings = [ceiling_at(site, ann.at(site)) for site in ann.sites]
+    images.feed(ann.module, ceilings)
+    for ceiling in ceilings:
+        histogram = ceiling.probe.histogram
+        # Without training the ceiling has to fit the staircase of T steps on its own.
+        untrained = histogram.squared_error_ceiling(method.steps, method.initial)
+        trained = torch.full_like(untrained, method.start) if method.start else histogram.percentile(method.percentile)
+        ceiling.start(untrained if train is None else trained)
+    if train is not None:
+        learned = [ceiling.mu for ceiling in ceilings]
+        train(ann.module, "ann", groups=parameter_groups(ann.module, learned, weight_decay=method.ceiling_decay))
 
 
 class QuantisedReLU(LearnedCeiling):
@@ -91,26 +99,26 @@ class QuantisedReLU(LearnedCeiling):
 
 class _Quantise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, mu: Tensor, levels: int, support: Support) -> Tensor:
+    def forward(ctx: Any, z: Tensor, mu: Tensor, levels: int, support: Support, shift: float) -> Tensor:
         ctx.save_for_backward(z, mu)
-        ctx.levels, ctx.support = levels, support
-        return _level(z, mu, levels).mul_(mu).to(z)
+        ctx.levels, ctx.support, ctx.shift = levels, support, shift
+        return _level(z, mu, levels, shift).mul_(mu).to(z)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         z, mu = ctx.saved_tensors
         inside = _inside(z, mu, ctx.levels, ctx.support)
         to_mu = None
         if ctx.needs_input_grad[1]:
-            slope = _level(z, mu, ctx.levels).sub_(inside * (z / mu))
+            slope = _level(z, mu, ctx.levels, ctx.shift).sub_(inside * (z / mu))
             to_mu = reduced(slope.mul_(gradients[0]), mu)
-        return inside.mul_(gradients[0]), to_mu, None, None
+        return inside.mul_(gradients[0]), to_mu, None, None, None
 
 
-def _level(z: Tensor, mu: Tensor, levels: int) -> Tensor:
+def _level(z: Tensor, mu: Tensor, levels: int, shift: float) -> Tensor:
     """Share of mu that is passed on, in at least single precision."""
     wide = z.to(torch.promote_types(z.dtype, mu.dtype))
-    return (wide * (levels / mu)).add_(0.5).floor_().clamp_(0, levels).div_(levels)
+    return (wide * (levels / mu)).add_(shift).floor_().clamp_(0, levels).div_(levels)
 
 
 def _inside(z: Tensor, mu: Tensor, levels: int, support: Support) -> Tensor:
@@ -123,6 +131,6 @@ def _inside(z: Tensor, mu: Tensor, levels: int, support: Support) -> Tensor:
     return mark(torch.gt, z, -half.to(z)).mul_(mark(torch.lt, z, (mu - half).to(z)))
 
 
-def quantise(z: Tensor, mu: Tensor, levels: int, support: Support = "inside") -> Tensor:
-    """Mu * clip(floor(z L/mu + 1/2)/L, 0, 1) with the straight-through gradient; same shape as `z`."""
-    return cast(Tensor, _Quantise.apply(z, mu, levels, support))
+def quantise(z: Tensor, mu: Tensor, levels: int, support: Support = "inside", shift: float = 0.5) -> Tensor:
+    """Mu * clip(floor(z L/mu + shift)/L, 0, 1) with the straight-through gradient; same shape as `z`."""
+    return cast(Tensor, _Quantise.apply(z, mu, levels, support, shift))
