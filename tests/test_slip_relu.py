@@ -33,11 +33,15 @@ def gradients(function: Callable[[Tensor, Tensor], Tensor], mu: float = 1.7) -> 
 
 
 @pytest.mark.parametrize("levels", [1, 4, 16])
-@pytest.mark.parametrize(("slope", "linear_shift", "shift"), [(0.0, 0.0, 0.5), (1.0, 0.0, 0.5), (0.5, 0.0, 0.5), (0.3, 0.4, 0.1), (0.6, -0.5, 0.9)])
+@pytest.mark.parametrize(
+    ("slope", "linear_shift", "shift"), [(0.0, 0.0, 0.5), (1.0, 0.0, 0.5), (0.5, 0.0, 0.5), (0.3, 0.4, 0.1), (0.6, -0.5, 0.9)]
+)
 def test_values_are_those_of_the_definition(levels: int, slope: float, linear_shift: float, shift: float) -> None:
     z, mu = values(), 1.7
     x = z.numpy() / mu
-    expected = slope * mu * np.clip(x + linear_shift / levels, 0, 1) + (1 - slope) * mu * np.clip(np.floor(levels * x + shift) / levels, 0, 1)
+    expected = slope * mu * np.clip(x + linear_shift / levels, 0, 1) + (1 - slope) * mu * np.clip(
+        np.floor(levels * x + shift) / levels, 0, 1
+    )
     found = slip_relu(z, torch.tensor(mu, dtype=F64), levels, slope, linear_shift, shift)
     assert np.allclose(found.numpy(), expected, rtol=0, atol=1e-12)
 
@@ -67,7 +71,9 @@ def test_the_gradient_of_a_shifted_slope_is_that_of_autograd() -> None:
     assert float(ours[1]) == pytest.approx(float(theirs[1]), rel=1e-9)
 
 
-def test_neurons_start_at_the_shift_of_the_staircase(random_network: Callable[..., nn.Module], random_images: Callable[..., Tensor]) -> None:
+def test_neurons_start_at_the_shift_of_the_staircase(
+    random_network: Callable[..., nn.Module], random_images: Callable[..., Tensor]
+) -> None:
     images, method = random_images("chain", 30), SlipReLU(steps=3, levels=5, initial=0.25)
     ann = fit(random_network("chain"), ImageStream(images), method)
     snn = finish(ann, ImageStream(images), method)

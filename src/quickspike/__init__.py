@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from quickspike.anatomy import Anatomy, SiteAnatomy, anatomy_of
     from quickspike.api import convert
     from quickspike.checkpoint import load
+    from quickspike.choosing import Auto, Choice, choose
     from quickspike.conversion import SpikingNetwork
     from quickspike.coverage import Coverage
     from quickspike.early_exit import calibrate_exit
@@ -43,6 +44,9 @@ _HOMES = {
     "anatomy_of": "anatomy",
     "convert": "api",
     "load": "checkpoint",
+    "Auto": "choosing",
+    "Choice": "choosing",
+    "choose": "choosing",
     "SpikingNetwork": "conversion",
     "Coverage": "coverage",
     "accelerate": "engines",
@@ -83,7 +87,9 @@ _HOMES = {
 
 __all__ = [
     "Anatomy",
+    "Auto",
     "Candidate",
+    "Choice",
     "Coverage",
     "Device",
     "Energy",
@@ -103,6 +109,7 @@ __all__ = [
     "accelerate",
     "anatomy_of",
     "calibrate_exit",
+    "choose",
     "convert",
     "count_operations",
     "energy_of",

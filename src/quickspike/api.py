@@ -17,6 +17,7 @@ from quickspike.errors import ConversionError, OptionError
 from quickspike.graph import Traced, fold, trace
 from quickspike.method import Method, create
 from quickspike.neuron import Surrogate
+from quickspike.options import check_names
 from quickspike.piecewise import PIECES
 from quickspike.provenance import versions
 from quickspike.training import History, Train, Trainer, parameter_groups
@@ -75,13 +76,14 @@ def convert(
         model: the source network; bit-identical afterwards, its training mode included.
         calibration: images as the network was trained on them (normalised), without labels or with (they are not
             used): a tensor `[N, ...]`, or an iterable of tensors, (tensor, label) pairs or dicts.
-        method: a method's name or a method object such as `qs.methods.PotentialInit(steps=4)`.
+        method: a method's name or a method object such as `qs.methods.PotentialInit(steps=4)`; "auto" chooses what measures
+            best, see `choose`.
         surrogate: derivative of the step function for autograd; by default the method's own.
         trainer: trains a copy of the network with the method's activations before it is converted; without one the
             method is calibrated only.
         analog: names (`head.*`) or operators (`LayerNorm`) of what is computed on real values at every step, see `trace`.
         pieces: straight lines that a smooth activation is approximated by.
-        **options: options of the named method, for example `steps=8`; `sites={"layer1.*": {"initial": 0.0}}` for some at
+        **options: options of the named method (or of `Auto`), for example `steps=8`; `sites={"layer1.*": {"initial": 0.0}}` for some at
             some sites only.
 
     Returns:
@@ -92,10 +94,29 @@ def convert(
         DataError: the calibration images are unusable.
         UnknownNameError, OptionError: the method or one of its options does not exist or is out of range.
     """
+    if method == "auto":
+        return _chosen(model, calibration, surrogate, trainer, analog, pieces, options)
     chosen = _method(method, options)
     images = ImageStream(calibration)
     ann = fit(model, images, chosen, trainer, analog=analog, pieces=pieces)
     return finish(ann, images, chosen, surrogate)
+
+
+def _chosen(
+    model: nn.Module,
+    calibration: Batches,
+    surrogate: Surrogate | None,
+    trainer: Trainer | None,
+    analog: Sequence[str],
+    pieces: int,
+    options: dict[str, Any],
+) -> SpikingNetwork:
+    from quickspike.choosing import Auto, choose
+
+    if surrogate is not None:
+        raise OptionError("method='auto' takes the surrogate of what it chooses; leave surrogate out, or name a method")
+    check_names(Auto, options)
+    return choose(model, calibration, Auto(**options), trainer=trainer, analog=analog, pieces=pieces).network
 
 
 def fit(

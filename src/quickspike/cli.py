@@ -27,9 +27,11 @@ from quickspike.cli_options import (
     SiteArguments,
     SiteChoices,
     Weights,
+    auto_of,
     commands_of,
     method_options,
     remember_command,
+    tell_attempt,
     typed,
 )
 from quickspike.console import Tracked, dump, print_json, show, track
@@ -138,7 +140,11 @@ class ConvertOptions:
 
     out: Annotated[Path, Help(metavar="FILE", help="the spiking network, safetensors")] = Path("network.safetensors")
     method: Annotated[
-        str, Help(metavar="NAME", help="conversion method, see `quickspike methods`; the options shown are this method's")
+        str,
+        Help(
+            metavar="NAME",
+            help="conversion method, see `quickspike methods`, or auto: what measures best; the options shown are this method's",
+        ),
     ] = DEFAULT_METHOD
     refine: Refine = ()
     weights: Weights = None
@@ -153,7 +159,7 @@ class ConvertOptions:
     json: Json = False
 
 
-def _convert_command(method: type[Method]) -> Callable[..., None]:
+def _convert_command(name: str) -> Callable[..., None]:
     """The `convert` command with the options of one method."""
 
     def convert(model: Any, data: Any, settings: Any, choices: Any, options: Any) -> None:
@@ -165,13 +171,14 @@ def _convert_command(method: type[Method]) -> Callable[..., None]:
         "data": DataArguments,
         "settings": Annotated[ConvertOptions, tyro.conf.OmitArgPrefixes, Help(name="conversion")],
         "choices": SiteArguments,
-        "options": Annotated[method_options(method), tyro.conf.OmitArgPrefixes, Help(name="method")],
+        "options": Annotated[method_options(name), tyro.conf.OmitArgPrefixes, Help(name="method")],
     }
     return convert
 
 
 def _convert(model: str, data: DataOptions, settings: ConvertOptions, choices: SiteChoices, options: dict[str, Any]) -> None:
     from quickspike.api import finish, fit
+    from quickspike.choosing import choose
     from quickspike.data import ImageStream
     from quickspike.errors import DataError
     from quickspike.evaluation import make_fabric
@@ -179,9 +186,13 @@ def _convert(model: str, data: DataOptions, settings: ConvertOptions, choices: S
     from quickspike.method import create, get, label
     from quickspike.models import load_model
     from quickspike.refinement import refinements_of
+    from quickspike.report import choice_tables
 
-    refined = refinements_of(settings.refine)
-    chosen = create(settings.method, **options, sites=choices.sites(get(settings.method)), refinements=refined)
+    auto = auto_of(settings.method, options, settings.refine, choices)
+    chosen = None
+    if auto is None:
+        refined = refinements_of(settings.refine)
+        chosen = create(settings.method, **options, sites=choices.sites(get(settings.method)), refinements=refined)
     check_writable(settings.out)
     source = make_fabric(settings.device).to_device(load_model(model, settings.weights))
     data_set = data.load(model=model, weights=settings.weights)
@@ -190,17 +201,25 @@ def _convert(model: str, data: DataOptions, settings: ConvertOptions, choices: S
         images = min(1000, data_set.size("train"))
     if images < 1:
         raise DataError(f"--calibration-images must be >= 1, got {images}")
-    stream = ImageStream(Tracked(data_set.loader("train", limit=images), "calibrating"))
-    ann = fit(source, stream, chosen, analog=choices.analog, pieces=choices.pieces)
-    snn = finish(ann, stream, chosen)
+    calibration = Tracked(data_set.loader("train", limit=images), "calibrating")
+    if chosen is None:
+        choice = choose(source, calibration, auto, analog=choices.analog, pieces=choices.pieces, progress=tell_attempt)
+        snn, coverage, told = choice.network, choice.coverage, choice.to_json()
+    else:
+        stream = ImageStream(calibration)
+        ann = fit(source, stream, chosen, analog=choices.analog, pieces=choices.pieces)
+        snn, coverage, told = finish(ann, stream, chosen), ann.coverage, None
     preprocessing = dataclasses.asdict(data_set.preprocessing)
     snn.provenance.update(model=Path(model).name, data=Path(data.data).name, preprocessing=preprocessing)
     remember_command(snn)
     snn.save(settings.out)
     if settings.json:
-        print_json({"out": str(settings.out), "coverage": ann.coverage.to_json(), "method": snn.method, "provenance": snn.provenance})
-    else:
-        show(f"{ann.coverage}\n{label(snn.method)}, T = {snn.steps}, calibrated on {stream.samples} images: {settings.out}")
+        print_json({"out": str(settings.out), "coverage": coverage.to_json(), "method": snn.method, "provenance": snn.provenance})
+        return
+    if told is not None:
+        show(choice_tables(told))
+    seen = snn.provenance["calibration_images"]
+    show(f"{coverage}\n{label(snn.method)}, T = {snn.steps}, calibrated on {seen} images: {settings.out}")
 
 
 class _Unlabelled(Wrapped):
@@ -449,9 +468,8 @@ def _dispatch(arguments: list[str]) -> None:
         "run": _run_stub,
     }
     if arguments[:1] == ["convert"]:
-        from quickspike.method import get
-
-        commands["convert"] = _convert_command(get(DEFAULT_METHOD if (chosen := _chosen_method(arguments)) is None else chosen))
+        chosen = _chosen_method(arguments)
+        commands["convert"] = _convert_command(DEFAULT_METHOD if chosen is None else chosen)
     if arguments[:1] in (["train"], ["tune"], ["run"]):
         commands[arguments[0]] = _training_command(arguments)
     if arguments[:1] in (["compare"], ["search"]):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 if TYPE_CHECKING:
+    from quickspike.choosing import Attempt, Auto
     from quickspike.conversion import SpikingNetwork
     from quickspike.data import DataSet
     from quickspike.method import Method
@@ -127,11 +128,44 @@ def options_type(owner: type, taken: Collection[str] = (), **defaults: Any) -> t
     return dataclasses.make_dataclass("Options", fields, frozen=True, namespace={"__doc__": doc})
 
 
-def method_options(method: type[Method], taken: Collection[str] = ()) -> type:
-    """The options of a method, with its paper as their title."""
+AUTO = "auto"
+"""Instead of a method's name: what measures best."""
+
+
+def method_options(name: str, taken: Collection[str] = ()) -> type:
+    """The options of a method, with its paper as their title, or of the choice of one."""
+    from quickspike.method import get
+
+    if name == AUTO:
+        from quickspike.choosing import Auto
+
+        return options_type(Auto, taken)
+    method = get(name)
     kind = options_type(method, taken)
     kind.__doc__ = f"{method.name}: {method.paper}"
     return kind
+
+
+def auto_of(name: str | None, options: dict[str, Any], refine: Collection[str], choices: SiteChoices | None = None) -> Auto | None:
+    """What `--method auto` may make use of; None for any other method.
+
+    Raises:
+        OptionError: what auto chooses itself is given, too.
+    """
+    from quickspike.errors import OptionError
+
+    if name != AUTO:
+        return None
+    from quickspike.choosing import Auto
+
+    if refine or (choices is not None and choices.at):
+        raise OptionError("--method auto chooses refinements and options itself; leave --refine and --at out, or name a method")
+    return Auto(**options)
+
+
+def tell_attempt(attempt: Attempt) -> None:
+    """A line for each combination that was measured."""
+    sys.stderr.write(f"{attempt.what}: {attempt.measured:.2f} %, {attempt.seconds:.0f} s\n")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,12 @@ from quickspike.cli_options import (
     ModelName,
     Refine,
     Weights,
+    auto_of,
     commands_of,
     method_options,
     options_type,
     remember_command,
+    tell_attempt,
     typed,
 )
 from quickspike.console import TrainingWatcher, print_json, show
@@ -120,7 +122,8 @@ class Source:
     """What the training starts from."""
 
     method: Annotated[
-        str | None, Help(metavar="NAME", help="train with this method's activations and convert; without it: plain training of the network")
+        str | None,
+        Help(metavar="NAME", help="train with this method's activations and convert; auto: what measures best; without it: plain training"),
     ] = None
     refine: Refine = ()
     weights: Weights = None
@@ -132,7 +135,6 @@ class Source:
 def train_command(method: str | None) -> Callable[..., None]:
     """The `train` command with all settings of a training, and the options of the method if one is named."""
     from quickspike.augmentation import Augmentation
-    from quickspike.method import get
     from quickspike.training import Training
 
     def train(
@@ -153,7 +155,7 @@ def train_command(method: str | None) -> Callable[..., None]:
         "teacher": _flat(Teacher, "teacher"),
         "augmentation": _flat(options_type(Augmentation), "augmentation"),
         "hardware": _flat(Hardware, "hardware"),
-        "options": _flat(method_options(get(method), taken) if method else type(None), "method"),
+        "options": _flat(method_options(method, taken) if method else type(None), "method"),
     }
     if method is None:
         # tyro would show an argument that can only be None.
@@ -182,32 +184,42 @@ def _train(
     options: dict[str, Any],
 ) -> None:
     from quickspike.api import finish, fit, train
+    from quickspike.choosing import choose
     from quickspike.data import ImageStream
     from quickspike.errors import OptionError
     from quickspike.files import check_writable
     from quickspike.method import create
     from quickspike.models import load_model, save_weights
     from quickspike.refinement import refinements_of
+    from quickspike.report import choice_tables
 
     if source.method is None and source.refine:
         raise OptionError("--refine needs a --method to follow")
-    chosen = None if source.method is None else create(source.method, **options, refinements=refinements_of(source.refine))
+    auto = auto_of(source.method, options, source.refine)
+    chosen = None if source.method is None or auto else create(source.method, **options, refinements=refinements_of(source.refine))
     # What a registered network holds without weights is random: no answers to learn.
-    if settings.distill and teacher.teacher is None and (chosen is None or (source.weights is None and ".py:" not in model)):
+    if settings.distill and teacher.teacher is None and (source.method is None or (source.weights is None and ".py:" not in model)):
         raise OptionError("--distill needs a trained network to learn from: with --method the --weights of MODEL, or else --teacher")
-    out = files.out / ("weights.safetensors" if chosen is None else "network.safetensors")
+    out = files.out / ("weights.safetensors" if source.method is None else "network.safetensors")
     check_writable(out)
     data_set = data.load(model=model, weights=source.weights)
     network = load_model(model, source.weights, settings.seed)
     trainer = _trainer(data_set, settings, augmentation, hardware, files, teacher)
-    if chosen is None:
+    if source.method is None:
         trained, history = train(network, trainer)
         if trainer.fabric.is_global_zero:
             save_weights(trained, out)
             _tell(files, out, history=list(history.rows))
         return
-    images = ImageStream(data_set.loader("train", limit=min(source.calibration_images, data_set.size("train"))))
-    snn = finish(fit(network, images, chosen, trainer), images, chosen)
+    if chosen is None:
+        watching = tell_attempt if trainer.fabric.is_global_zero else None
+        choice = choose(network, trainer.calibration(source.calibration_images), auto, trainer=trainer, progress=watching)
+        snn = choice.network
+        if trainer.fabric.is_global_zero and not files.json:
+            show(choice_tables(choice.to_json()))
+    else:
+        images = ImageStream(data_set.loader("train", limit=min(source.calibration_images, data_set.size("train"))))
+        snn = finish(fit(network, images, chosen, trainer), images, chosen)
     snn.provenance.update(model=Path(model).name, data=Path(data.data).name, preprocessing=dataclasses.asdict(data_set.preprocessing))
     if trainer.fabric.is_global_zero:
         remember_command(snn)

@@ -5,6 +5,7 @@ Refinements correct a site as soon as it is reached, so that all layers behind i
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -67,11 +68,7 @@ class Lockstep:
         self.snn, self.ann, self.reduce, self.visit = snn, ann, reduce, visit
         self.share = 1.0
         """Images of a batch, in those that were asked for. The mean of a few tells little, so that it shall correct little."""
-        # Where every layer waits for a mean, that mean is all that counts of T steps, but where pools look at single spikes.
-        layers = (snn.network.get_submodule(str(node.target)) for node in snn.network.graph.nodes if node.op == "call_module")
-        pooled = any(type(layer) in MAX_POOLS for layer in layers)
-        plain = not pooled and not any(neuron.first_run for neuron in snn.neurons().values())
-        self.windows = plain and all(neuron.averaged or neuron.constant_input for neuron in snn.neurons().values())
+        self.windows = in_windows(snn)
         if snn.masked():
             raise OptionError("residual_mask lets no mean over all steps speak for the answer; write corrections in front of it")
 
@@ -96,6 +93,17 @@ class Lockstep:
             self.share = len(batch) / wished
             wanted, given = self.run(batch.to(parameter))
             yield places(wanted), places(given)
+
+
+def in_windows(snn: SpikingNetwork) -> bool:
+    """True if every layer waits for a mean over the steps: that mean is all that counts of T steps.
+
+    Not where pools look at single spikes.
+    """
+    layers = (snn.network.get_submodule(str(node.target)) for node in snn.network.graph.nodes if node.op == "call_module")
+    if any(type(layer) in MAX_POOLS for layer in layers):
+        return False
+    return all((neuron.averaged or neuron.constant_input) and not neuron.first_run for neuron in snn.neurons().values())
 
 
 def rebatched(batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
@@ -152,21 +160,40 @@ class Recorder(fx.Interpreter):
         return out
 
 
-class _Visitor(fx.Interpreter):
-    def __init__(self, lockstep: Lockstep, wanted: Mapping[str, Tensor]) -> None:
-        super().__init__(lockstep.snn.network)
-        self.lockstep, self.wanted = lockstep, wanted
+class SiteBySite(fx.Interpreter, abc.ABC):
+    """Runs a spiking network; what comes out of its neurons is up to `outputs`.
+
+    Args:
+        snn: the network.
+        windows: it is `in_windows`, and runs on means over the steps, `[B, ...]`.
+    """
+
+    def __init__(self, snn: SpikingNetwork, windows: bool) -> None:
+        super().__init__(snn.network)
+        self.windows = windows
+
+    @abc.abstractmethod
+    def outputs(self, site: str, firing: Firing, current: Tensor) -> Tensor:
+        """What goes to the next layer."""
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         layer: nn.Module = self.fetch_attr(target)
         if isinstance(layer, Neuron):
-            firing = Firing(layer, self.lockstep.windows)
-            return firing.outputs(self.lockstep.visit(target, firing, args[0], self.wanted[target]))
-        if self.lockstep.windows and isinstance(layer, (Repeat, RunningMean, Increment)):
+            return self.outputs(target, Firing(layer, self.windows), args[0])
+        if self.windows and isinstance(layer, (Repeat, RunningMean, Increment)):
             return args[0]
-        if self.lockstep.windows and isinstance(layer, AccumulatedMaxPool):
+        if self.windows and isinstance(layer, AccumulatedMaxPool):
             return layer.pool(args[0])
         return super().call_module(target, args, kwargs)
+
+
+class _Visitor(SiteBySite):
+    def __init__(self, lockstep: Lockstep, wanted: Mapping[str, Tensor]) -> None:
+        super().__init__(lockstep.snn, lockstep.windows)
+        self.visit, self.wanted = lockstep.visit, wanted
+
+    def outputs(self, site: str, firing: Firing, current: Tensor) -> Tensor:
+        return firing.outputs(self.visit(site, firing, current, self.wanted[site]))
 
 
 def channel_means(x: Tensor) -> Tensor:

@@ -241,6 +241,22 @@ def keep_positive(value: Tensor) -> Tensor:
     return cast(Tensor, _Bounded.apply(value, smallest, math.inf))
 
 
+class _Sloped(torch.autograd.Function):
+    """The mean output under a constant current; backward, see `Neuron.mean_output`."""
+
+    @staticmethod
+    def forward(ctx: Any, current: Tensor, neuron: Neuron) -> Tensor:
+        theta, _ = neuron.bounded()
+        ctx.save_for_backward(current, theta, neuron.height(theta))
+        return neuron.mean_output(current)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        current, theta, height = ctx.saved_tensors
+        inside = (current >= 0) & (current <= theta)
+        return gradients[0] * inside * (height / theta), None
+
+
 @dataclasses.dataclass(frozen=True)
 class NeuronParameters:
     """What a method decides for one site. Each tensor is a scalar or broadcasts over one sample (`[C, 1, 1]`).
@@ -363,8 +379,11 @@ class Neuron(Timed):
     def mean_output(self, current: Tensor) -> Tensor:
         """The mean output over T steps, `[B, ...]`, under a current `[B, ...]` that is the same at every step.
 
-        Of signed neurons that start above theta, too: they may take spikes back.
+        Of signed neurons that start above theta, too: they may take spikes back. The gradient is that of a staircase whose
+        steps are taken as a slope: height/theta under currents from 0 to theta, 0 elsewhere, and to the current alone.
         """
+        if torch.is_grad_enabled() and current.requires_grad:
+            return cast(Tensor, _Sloped.apply(current, self))
         theta, leak = self.bounded()
         if self.signed:
             rule = self.rule(self.steps, True)

@@ -6,10 +6,10 @@ import dataclasses
 import math
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from quickspike.errors import OptionError
+from quickspike.errors import OptionError, UnknownNameError
 
 _KEY = "quickspike.option"
 T = TypeVar("T")
@@ -83,6 +83,14 @@ def validate(owner: Any) -> None:
         rule = _broken_rule(value, kind, declared)
         if rule:
             raise OptionError(f"{getattr(owner, 'name', type(owner).__name__)}: {name} must be {rule}, got {value!r}")
+
+
+def check_names(owner: Any, names: Iterable[str]) -> None:
+    """Raise OptionError if `owner` has no option of one of these names; the message offers the nearest."""
+    known = options_of(owner)
+    for name in names:
+        if name not in known:
+            raise OptionError(str(UnknownNameError(f"option of {owner.name}", name, known)))
 
 
 def parsed(owner: Any, name: str, text: str) -> Any:

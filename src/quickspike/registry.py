@@ -7,8 +7,8 @@ import pkgutil
 from importlib import metadata
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from quickspike.errors import ConversionError, OptionError, UnknownNameError
-from quickspike.options import options_of
+from quickspike.errors import ConversionError, UnknownNameError
+from quickspike.options import check_names
 
 
 class Named(Protocol):
@@ -72,8 +72,5 @@ class Registry(Generic[T]):
             OptionError: no such option, or its value is out of range.
         """
         cls = self.get(name)
-        known = options_of(cls)
-        for key in options.keys() - set(self.beside):
-            if key not in known:
-                raise OptionError(str(UnknownNameError(f"option of {name}", key, known)))
+        check_names(cls, (key for key in options if key not in self.beside))
         return cls(**options)

@@ -271,6 +271,18 @@ def search_outcome(found: Found, report: Report | None) -> str:
     return f"{least}, the source network {_percent(report.reference_accuracy)} %.{untried}"
 
 
+def choice_tables(choice: Mapping[str, Any]) -> RenderableType:
+    """What `choosing.choose` tried, best first, and its reasons."""
+    table = Table(title=f"in %: {choice['measure']}")
+    table.add_column("combination", overflow="fold")
+    for heading in ("%", "s"):
+        table.add_column(heading, justify="right")
+    for attempt in sorted(choice["attempts"], key=lambda one: -one["measured"]):
+        chosen = "bold" if attempt["what"] == choice["what"] else ""
+        table.add_row(attempt["what"], f"{attempt['measured']:.2f}", f"{attempt['seconds']:.0f}", style=chosen)
+    return Group(table, *(Text(f"- {reason}") for reason in choice["reasons"]))
+
+
 def recipe_tables(result: Mapping[str, Any]) -> Table:
     """What a recipe gave, mean and standard deviation over its seeds, beside the published figures."""
     summary, runs = result["summary"], result["runs"]

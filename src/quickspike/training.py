@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
 from quickspike.augmentation import Augmentation
 from quickspike.batches import Share, TrainingBatches
 from quickspike.capture import copy_of
 from quickspike.conversion import SpikingNetwork, readout
-from quickspike.data import DataSet
+from quickspike.data import BATCH, DataSet
 from quickspike.errors import CheckpointError, DataError, OptionError, QuickspikeError
 from quickspike.files import whole_file
 from quickspike.memory import keep_freed_memory
@@ -284,6 +285,11 @@ class Trainer:
             DataError: the network cannot take the images, or answers with something else than finite logits.
         """
         return _answers(self.fabric, module, "the reference")
+
+    def calibration(self, images: int) -> DataLoader[Any]:
+        """The first training images that are not held out, as many as there are up to `images`, not augmented."""
+        kept = self._batches(self.settings).indices[:images].tolist()
+        return DataLoader(Subset(self.data.train, kept), batch_size=BATCH, num_workers=self.data.workers)
 
     def _batches(self, settings: Training) -> TrainingBatches:
         share = Share(self.fabric.global_rank, self.fabric.world_size)

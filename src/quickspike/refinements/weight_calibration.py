@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from quickspike.console import track
 from quickspike.conversion import SpikingNetwork
@@ -19,8 +19,8 @@ from quickspike.currents import CONVOLUTIONS
 from quickspike.data import ImageStream
 from quickspike.errors import OptionError
 from quickspike.graph import Traced
-from quickspike.lockstep import MOST_VALUES, SNN_CALIBRATION, Recorder
-from quickspike.neuron import Neuron, unfold
+from quickspike.lockstep import MOST_VALUES, SNN_CALIBRATION, Firing, Recorder, SiteBySite, in_windows
+from quickspike.neuron import unfold
 from quickspike.operators import Affine
 from quickspike.options import option
 from quickspike.paper import Paper
@@ -45,7 +45,8 @@ class WeightCalibration(Refinement):
 
     Differs from the paper, which fits layer after layer, 5,000 steps each, to a staircase of the mean input: all layers move at
     once here, each with the loss of its own, and neurons are simulated. `reach=network` lets every loss move all layers
-    in front: distillation of the activations on the calibration images, which the paper does not have.
+    in front: distillation of the activations on the calibration images, which the paper does not have. Layers that wait for
+    whole windows run on means over the steps, with the gradient of a slope for that of the staircase: T costs nothing there.
     """
 
     name: ClassVar[str] = "weight_calibration"
@@ -91,7 +92,8 @@ class WeightCalibration(Refinement):
 
     def _batches(self, snn: SpikingNetwork, images: ImageStream) -> Iterator[Tensor]:
         everything = torch.cat([batch.cpu() for batch in images.some(self.images)])
-        size = min(self.batch, max(1, MOST_VALUES // (everything[0].numel() * snn.steps)))
+        steps = 1 if _means_suffice(snn) else snn.steps
+        size = min(self.batch, max(1, MOST_VALUES // (everything[0].numel() * steps)))
         generator = torch.Generator().manual_seed(0)
         parameter = next(snn.network.parameters())
         order = torch.empty(0, dtype=torch.long)
@@ -108,7 +110,7 @@ class WeightCalibration(Refinement):
         fitting = _Fitting(snn, recorder.found, self.reach == "layer")
         given: Outputs = fitting.run(batch)
         pairs = zip(tensors(given), tensors(wanted), strict=True)
-        readouts = [_distance(unfold(out, snn.steps).mean(0), want) for out, want in pairs]
+        readouts = [_distance(out if fitting.windows else unfold(out, snn.steps).mean(0), want) for out, want in pairs]
         return torch.stack([*fitting.distances.values(), *readouts]).sum()
 
 
@@ -116,20 +118,21 @@ def _distance(found: Tensor, wanted: Tensor, least: Tensor | float = SMALLEST) -
     return (found - wanted).square().mean() / wanted.square().mean().clamp_min(least)
 
 
-class _Fitting(fx.Interpreter):
-    """Runs the spiking network and notes how far its sites are from what is wanted there."""
+def _means_suffice(snn: SpikingNetwork) -> bool:
+    return in_windows(snn) and all(bool((neuron.bounded()[1] == 1).all()) for neuron in snn.neurons().values())
+
+
+class _Fitting(SiteBySite):
+    """Notes how far the sites are from what is wanted there."""
 
     def __init__(self, snn: SpikingNetwork, wanted: dict[str, Tensor], apart: bool) -> None:
-        super().__init__(snn.network)
-        self.steps, self.wanted, self.apart = snn.steps, wanted, apart
+        super().__init__(snn, _means_suffice(snn))
+        self.wanted, self.apart = wanted, apart
         self.distances: dict[str, Tensor] = {}
 
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        out = super().call_module(target, args, kwargs)
-        neuron = self.fetch_attr(target)
-        if not isinstance(neuron, Neuron):
-            return out
+    def outputs(self, site: str, firing: Firing, current: Tensor) -> Tensor:
+        out, neuron = firing.outputs(current), firing.neuron
         # A layer that is silent on this batch has no unit of its own.
         least = SILENT * neuron.height(neuron.bounded()[0]).detach().square().mean()
-        self.distances[target] = _distance(unfold(out, self.steps).mean(0), self.wanted[target], least)
+        self.distances[site] = _distance(firing.mean(out), self.wanted[site], least)
         return out.detach() if self.apart else out
