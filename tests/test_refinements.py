@@ -442,6 +442,35 @@ def test_a_layers_loss_moves_its_own_weights_alone(images: Tensor) -> None:
         assert (gradient is not None and bool(gradient.ne(0).any())) == moved
 
 
+def test_where_layers_wait_weights_are_calibrated_on_means(network: nn.Module, images: Tensor) -> None:
+    ann = fit(network, ImageStream(images), balanced(5, synchronous=True))
+    snn = finish(ann, ImageStream(images), balanced(5, synchronous=True))
+    with torch.no_grad():
+        recorder = Recorder(ann, lambda values: values)
+        recorder.run(images)
+    fitting = _Fitting(snn, recorder.found, False)
+    assert fitting.windows
+    out = fitting.run(images)
+    assert torch.allclose(out, snn(images), atol=1e-5)
+    for name, neuron in snn.neurons().items():
+        if not neuron.constant_input:
+            neuron.leak.fill_(0.9)
+            assert not _Fitting(snn, recorder.found, False).windows, name
+            break
+
+
+def test_the_gradient_of_a_mean_output_is_that_of_a_slope() -> None:
+    parameters = NeuronParameters(torch.tensor([2.0, 4.0]), initial=0.5, amplitude=1.5, averaged=True)
+    neuron = Neuron(parameters, 4, True)
+    current = torch.tensor([[-0.1, 0.0], [1.0, 4.0], [2.0, 4.1], [2.1, 3.0]], requires_grad=True)
+    out = neuron.mean_output(current)
+    assert torch.equal(out, neuron.mean_output(current.detach()))
+    weights = torch.arange(1.0, 9.0).view(4, 2)
+    (out * weights).sum().backward()
+    inside = torch.tensor([[0.0, 1.0], [1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    assert torch.equal(current.grad, 1.5 * weights * inside)
+
+
 def test_weights_are_calibrated_where_they_can_be(network: nn.Module, images: Tensor) -> None:
     weights = qs.refinements.WeightCalibration(iterations=2)
     with pytest.raises(OptionError, match="in front of it"):
