@@ -134,6 +134,8 @@ def fill_row(row: dict[str, Any], tell: Any = lambda row: None) -> None:
     if not coverage.convertible:
         row["refused"] = dict(Counter(finding.operator for finding in coverage.unsupported))
         row["reason"] = coverage.unsupported[0].sentence() if coverage.unsupported else "holds no activation"
+        # What becomes of it with parts kept analog is more than has to be known.
+        tell(row | {"status": "refused"})
         analog = tuple(sorted({finding.operator for finding in coverage.unsupported if "analog=" in finding.way_out}))
         coverage = qs.inspect(net, images[:1], analog) if analog else coverage
         if not coverage.convertible:
@@ -197,7 +199,8 @@ def in_own_process(source: str, name: str, limit: float) -> dict[str, Any]:
             row.setdefault("status", "too slow")
             row.setdefault("reason", f"was not converted within {limit:g} s")
     except EOFError:
-        row |= {"status": "failed", "reason": "its process died, out of memory as a rule"}
+        died = "its process died, out of memory as a rule"
+        row |= {"analog_attempt": died} if row.get("status") == "refused" else {"status": "failed", "reason": died}
     process.kill()
     process.join()
     about = {"steps": [SHORT, LONG], "images": IMAGES, "seed": SEED, "commit": commit(), "machine": machine(), "versions": versions()}

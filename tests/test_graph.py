@@ -1585,4 +1585,54 @@ def test_a_fault_in_a_network_that_blows_rounding_up_is_still_found(monkeypatch)
 
     monkeypatch.setattr("quickspike.graph.fold_batch_norm", wrong)
     with pytest.raises(TraceError, match="does not compute what the network computes"):
-        qs.trace(Tents(40).eval(), torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(0)))
+        qs.trace(Tents(26).eval(), torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(0)))
+
+
+def test_a_network_whose_answers_rounding_decides_is_refused_as_such():
+    with pytest.raises(TraceError, match=r"is chaotic: its answers move by .* trained weights"):
+        qs.trace(Tents(80).eval(), torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(0)))
+
+
+class WildFarOut(nn.Module):
+    """What is above `start` goes through a map that nearly doubles every difference."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.start, self.layer, self.norm, self.tents = start, nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), Tents(80)
+        for tent in self.tents.layers:
+            nn.init.zeros_(tent[-1].bias)
+
+    def forward(self, x):
+        x = self.norm(self.layer(x))
+        y = torch.relu(x - self.start)
+        for tent in self.tents.layers:
+            y = tent(y)
+        return torch.relu(x) + y
+
+
+def test_noise_that_only_rounding_decides_about_is_not_what_a_network_is_proven_on(monkeypatch):
+    """Far from its images a network may do what it likes; near them its graph has to be right all the same."""
+    network = WildFarOut(0.8).eval()
+    with torch.no_grad():
+        network.layer.weight.fill_(0.7)
+        network.layer.bias.fill_(0.1)
+    example = torch.linspace(-1, 0.3, 16).view(1, 1, 4, 4)
+    noise = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        double = copy.deepcopy(network).double()
+        assert float((double(noise) - double(noise * (1 + 1e-15))).abs().max()) > 1e-2
+        # Mirrored, it is larger.
+        assert float(network(example).max()) < 0.5 < float(network(-example).max())
+    assert len(qs.trace(network, example).sites) == 82
+
+    def spoilt(module, sizes):
+        fold_batch_norm(module, sizes)
+        for node in module.graph.nodes:
+            if node.op == "output":
+                with module.graph.inserting_before(node):
+                    node.args = (module.graph.call_function(torch.clamp, node.args, {"max": 0.5}),)
+        module.recompile()
+
+    monkeypatch.setattr("quickspike.graph.fold_batch_norm", spoilt)
+    with pytest.raises(TraceError, match="does not compute what"):
+        qs.trace(network, example)
