@@ -448,15 +448,29 @@ def test_where_layers_wait_weights_are_calibrated_on_means(network: nn.Module, i
     with torch.no_grad():
         recorder = Recorder(ann, lambda values: values)
         recorder.run(images)
-    fitting = _Fitting(snn, recorder.found, False)
-    assert fitting.windows
-    out = fitting.run(images)
+    weights = qs.refinements.WeightCalibration()
+    assert weights._by_means(snn)
+    out = _Fitting(snn, recorder.found, False, True).run(images)
     assert torch.allclose(out, snn(images), atol=1e-5)
-    for name, neuron in snn.neurons().items():
-        if not neuron.constant_input:
-            neuron.leak.fill_(0.9)
-            assert not _Fitting(snn, recorder.found, False).windows, name
-            break
+    streaming = finish(ann, ImageStream(images), balanced(5))
+    assert not weights._by_means(streaming)
+    assert qs.refinements.WeightCalibration(by="means")._by_means(streaming)
+    for network in (snn, streaming):
+        next(neuron for neuron in network.neurons().values() if not neuron.constant_input).leak.fill_(0.9)
+        assert not qs.refinements.WeightCalibration(by="means")._by_means(network)
+    with pytest.raises(OptionError, match="without leak"):
+        qs.refinements.WeightCalibration(by="means").refine(streaming, ann, ImageStream(images))
+
+
+def test_means_calibrate_streaming_neurons_as_if_they_waited(network: nn.Module, images: Tensor) -> None:
+    weights = qs.refinements.WeightCalibration(by="means", iterations=3)
+    streaming = qs.convert(network, images, balanced(5, signed=True) | weights)
+    waiting = qs.convert(network, images, balanced(5, synchronous=True) | weights)
+    assert streaming.latency == 5
+    layers = [name for name, _ in streaming.network.named_parameters() if name.endswith(("weight", "bias"))]
+    assert layers
+    for name in layers:
+        assert torch.allclose(streaming.network.get_parameter(name), waiting.network.get_parameter(name), atol=1e-6), name
 
 
 def test_the_gradient_of_a_mean_output_is_that_of_a_slope() -> None:
@@ -482,6 +496,37 @@ def test_weights_are_calibrated_where_they_can_be(network: nn.Module, images: Te
     snn = qs.convert(network, images, balanced() | weights)
     assert not any(parameter.grad is not None for parameter in snn.parameters())
     assert snn.network.head.weight.requires_grad
+
+
+def test_steps_that_are_too_large_are_taken_back(images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    """All inputs are positive and no norm follows, so that a step on every weight is a large one on every current."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(128, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    positive = 100 * images.abs()
+    weights = {"reach": "network", "iterations": 40, "images": 96}
+
+    def error(snn: qs.SpikingNetwork) -> float:
+        with torch.no_grad():
+            return float((snn(positive) - net(positive)).square().mean())
+
+    method = balanced(4, synchronous=True)
+    given = error(qs.convert(net, positive, method))
+    with caplog.at_level("WARNING"):
+        snn = qs.convert(net, positive, method | qs.refinements.WeightCalibration(learning_rate=0.1, **weights))
+    assert "starts again with learning_rate=0.01" in caplog.text
+    assert error(snn) < given
+    # What starts again ends where the smaller rate would have ended.
+    rate = float(caplog.text.strip().rpartition("learning_rate=")[2])
+    direct = qs.convert(net, positive, method | qs.refinements.WeightCalibration(learning_rate=rate, **weights))
+    assert all(torch.equal(one, other) for one, other in zip(snn.state_dict().values(), direct.state_dict().values(), strict=True))
+
+
+def test_weights_that_no_rate_improves_are_left_as_they_were(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quickspike.refinements.weight_calibration.RISEN", 0.0)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(128, 12), nn.ReLU(), nn.Linear(12, 4)).eval()
+    with pytest.raises(OptionError, match="and with all below it"):
+        qs.convert(net, images, balanced(4) | qs.refinements.WeightCalibration(iterations=2))
 
 
 def test_a_layer_that_is_silent_on_a_batch_does_not_drown_the_others(images: Tensor) -> None:

@@ -385,7 +385,7 @@ class Neuron(Timed):
         if torch.is_grad_enabled() and current.requires_grad:
             return cast(Tensor, _Sloped.apply(current, self))
         theta, leak = self.bounded()
-        if self.signed:
+        if self.signed and bool((self.initial > 1).any()):
             rule = self.rule(self.steps, True)
             out, _, _ = _signed_scan(current, self.initial * theta, None, theta, leak, self.height(theta), rule)
             return unfold(out, self.steps).mean(0)

@@ -6,6 +6,7 @@ Calibration", ICML 2021, arXiv 2106.06984 (advanced pipeline, weights).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -27,7 +28,13 @@ from quickspike.paper import Paper
 from quickspike.refinement import Refinement, refinement
 from quickspike.structure import Outputs, tensors
 
+logger = logging.getLogger(__name__)
+
 LAYERS = (*CONVOLUTIONS, nn.Linear, Affine)
+FIRST, RISEN = 10, 1.1
+"""Steps after which it shows whether the loss rises, and by what factor: the first ones may overshoot."""
+SMALLEST_RATE = 1e-4
+"""Least learning rate, in units of the one that is asked for."""
 SMALLEST = 1e-12
 SILENT = 1e-3
 """Mean square of activations that is divided by, at least, in squares of the height of a spike."""
@@ -46,7 +53,7 @@ class WeightCalibration(Refinement):
     Differs from the paper, which fits layer after layer, 5,000 steps each, to a staircase of the mean input: all layers move at
     once here, each with the loss of its own, and neurons are simulated. `reach=network` lets every loss move all layers
     in front: distillation of the activations on the calibration images, which the paper does not have. Layers that wait for
-    whole windows run on means over the steps, with the gradient of a slope for that of the staircase: T costs nothing there.
+    whole windows run on means over the steps in any case, with the gradient of a slope for that of the staircase.
     """
 
     name: ClassVar[str] = "weight_calibration"
@@ -55,9 +62,14 @@ class WeightCalibration(Refinement):
     images: int = option(1024, "calibration images to fit to", unit="images", low=1)
     batch: int = option(64, "of them in a step; fewer where T or the images are large", unit="images", low=1)
     iterations: int = option(200, "steps of Adam", low=1, high=1_000_000)
-    learning_rate: float = option(1e-3, "of the first step; falls to 0 along a cosine", low=0, high=1, low_open=True)
+    learning_rate: float = option(
+        1e-3, "of the first step; falls to 0 along a cosine; a tenth of it, and so on, if the loss rises", low=0, high=1, low_open=True
+    )
     reach: Literal["layer", "network"] = option(
         "layer", "what the loss of a layer of neurons moves: the weights next to it, or all in front of it"
+    )
+    by: Literal["steps", "means"] = option(
+        "steps", "simulate all steps, or only means over them, as if layers waited: T costs nothing, but the order of spikes is left out"
     )
 
     def refine(self, snn: SpikingNetwork, ann: Traced, images: ImageStream) -> None:
@@ -73,26 +85,64 @@ class WeightCalibration(Refinement):
         if any(parameter.dtype == torch.float16 for parameter in parameters):
             raise OptionError("weight_calibration takes steps that half precision rounds to nothing; convert model.float()")
         learned = [parameter.requires_grad for parameter in parameters]
-        optimiser = torch.optim.Adam([parameter.requires_grad_() for parameter in parameters], self.learning_rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.iterations)
+        before = [parameter.detach().clone() for parameter in parameters]
+        rate = self.learning_rate
+        windows = self._by_means(snn)
+        if self.by == "means" and not windows:
+            raise OptionError("weight_calibration:by=means needs neurons without leak, and pools that look at more than single spikes")
+        with torch.no_grad():
+            unchanged = [
+                float(self._loss(snn, ann, batch, windows))
+                for _, batch in zip(range(FIRST), self._batches(snn, images, windows), strict=False)
+            ]
         try:
-            with torch.enable_grad():
-                steps = track(range(self.iterations), "calibrating weights")
-                for _, batch in zip(steps, self._batches(snn, images), strict=True):
-                    optimiser.zero_grad()
-                    torch.autograd.backward(self._loss(snn, ann, batch))
-                    optimiser.step()
-                    schedule.step()
+            for parameter in parameters:
+                parameter.requires_grad_()
+            while not self._descends(snn, ann, images, parameters, rate, unchanged, windows):
+                with torch.no_grad():
+                    for parameter, value in zip(parameters, before, strict=True):
+                        parameter.copy_(value)
+                rate /= 10
+                if rate < SMALLEST_RATE * self.learning_rate:
+                    raise OptionError(f"weight_calibration: the loss rises with learning_rate={self.learning_rate:g} and with all below it")
+                logger.warning("weight_calibration: the loss rises; it starts again with learning_rate=%g", rate)
         finally:
             for parameter, was in zip(parameters, learned, strict=True):
                 parameter.requires_grad_(was).grad = None
-        bad = next((name for name, value in network.named_parameters() if not bool(value.isfinite().all())), None)
-        if bad is not None:
-            raise OptionError(f"weight_calibration: {bad} became infinite; lower learning_rate={self.learning_rate:g}")
 
-    def _batches(self, snn: SpikingNetwork, images: ImageStream) -> Iterator[Tensor]:
+    def _descends(
+        self,
+        snn: SpikingNetwork,
+        ann: Traced,
+        images: ImageStream,
+        parameters: list[nn.Parameter],
+        rate: float,
+        unchanged: list[float],
+        windows: bool,
+    ) -> bool:
+        """Take all steps at this learning rate; False, and after the first few, if the loss rises above that of `unchanged` weights.
+
+        Without batch norm one step on weights of like sign moves currents by as much as they are.
+        """
+        optimiser = torch.optim.Adam(parameters, rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.iterations)
+        losses: list[float] = []
+        with torch.enable_grad():
+            steps = track(range(self.iterations), "calibrating weights")
+            for _, batch in zip(steps, self._batches(snn, images, windows), strict=True):
+                optimiser.zero_grad()
+                loss = self._loss(snn, ann, batch, windows)
+                torch.autograd.backward(loss)
+                optimiser.step()
+                schedule.step()
+                losses.append(float(loss.detach()))
+                if len(losses) == len(unchanged) and not sum(losses) <= RISEN * sum(unchanged):
+                    return False
+        return bool(torch.stack([parameter.isfinite().all() for parameter in parameters]).all())
+
+    def _batches(self, snn: SpikingNetwork, images: ImageStream, windows: bool) -> Iterator[Tensor]:
         everything = torch.cat([batch.cpu() for batch in images.some(self.images)])
-        steps = 1 if _means_suffice(snn) else snn.steps
+        steps = 1 if windows else snn.steps
         size = min(self.batch, max(1, MOST_VALUES // (everything[0].numel() * steps)))
         generator = torch.Generator().manual_seed(0)
         parameter = next(snn.network.parameters())
@@ -103,14 +153,19 @@ class WeightCalibration(Refinement):
             yield everything[order[:size]].to(parameter)
             order = order[size:]
 
-    def _loss(self, snn: SpikingNetwork, ann: Traced, batch: Tensor) -> Tensor:
+    def _by_means(self, snn: SpikingNetwork) -> bool:
+        """Whether means over the steps are enough to run on."""
+        plain = all(bool((neuron.bounded()[1] == 1).all()) for neuron in snn.neurons().values())
+        return plain and (in_windows(snn) or (self.by == "means" and in_windows(snn.as_synchronous())))
+
+    def _loss(self, snn: SpikingNetwork, ann: Traced, batch: Tensor, windows: bool) -> Tensor:
         with torch.no_grad():
             recorder = Recorder(ann, lambda values: values)
             wanted = recorder.run(batch)
-        fitting = _Fitting(snn, recorder.found, self.reach == "layer")
+        fitting = _Fitting(snn, recorder.found, self.reach == "layer", windows)
         given: Outputs = fitting.run(batch)
         pairs = zip(tensors(given), tensors(wanted), strict=True)
-        readouts = [_distance(out if fitting.windows else unfold(out, snn.steps).mean(0), want) for out, want in pairs]
+        readouts = [_distance(out if windows else unfold(out, snn.steps).mean(0), want) for out, want in pairs]
         return torch.stack([*fitting.distances.values(), *readouts]).sum()
 
 
@@ -118,15 +173,11 @@ def _distance(found: Tensor, wanted: Tensor, least: Tensor | float = SMALLEST) -
     return (found - wanted).square().mean() / wanted.square().mean().clamp_min(least)
 
 
-def _means_suffice(snn: SpikingNetwork) -> bool:
-    return in_windows(snn) and all(bool((neuron.bounded()[1] == 1).all()) for neuron in snn.neurons().values())
-
-
 class _Fitting(SiteBySite):
     """Notes how far the sites are from what is wanted there."""
 
-    def __init__(self, snn: SpikingNetwork, wanted: dict[str, Tensor], apart: bool) -> None:
-        super().__init__(snn, _means_suffice(snn))
+    def __init__(self, snn: SpikingNetwork, wanted: dict[str, Tensor], apart: bool, windows: bool = False) -> None:
+        super().__init__(snn, windows)
         self.wanted, self.apart = wanted, apart
         self.distances: dict[str, Tensor] = {}
 
