@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument(
         "--refine", nargs="+", default=[], metavar="NAME", help="refinements of the converted networks, see quickspike methods"
     )
+    parser.add_argument("--label", default="refined", help="what the reports of refined networks are called: MODE_LABEL-T.json")
     parser.add_argument("--float", action="store_true", help="everything in floating point")
     parser.add_argument("--images", type=int, help="first N test (or held-out) images [default: all]")
     options, model, data = network_and_data(parser, reports=True)
@@ -103,7 +104,7 @@ def main() -> None:
         for mode, scale in options.modes
         for group in groups_of(mode, sorted(options.steps), None if refinements else options.share)
     ]
-    named = "_refined" if refinements else ""
+    named = f"_{options.label}" if refinements else ""
     if folder is not None and not options.held_out:
         folder.mkdir(parents=True, exist_ok=True)
         todo = [one for one in todo if not all((folder / f"{one[0]}{named}-{step}.json").exists() for step in one[3])]

@@ -8,7 +8,8 @@
 # 57.0 and 64.8 %. Per network: streaming and synchronous, with 8-bit weights (engines `integer` and `count`), and with signed neurons.
 # OUT gets a folder for each network with a report MODE-T.json each and table.md. A run that was stopped goes on where it
 # stopped. MODES="..." and STEPS="..." run some only; CALIBRATION=N and IMAGES=N take fewer images, for a try;
-# REFINE="bias_correction:images=96,batch=4,rate=0.5" refines every network for its T (files MODE_refined-T.json);
+# REFINE="bias_correction:images=96,batch=4,rate=0.5" refines every network for its T (files MODE_refined-T.json, or of another LABEL);
+# NETWORKS=squeezenet runs one of the two;
 # HELD_OUT=4 chooses: agreement with the source network on every fourth calibration image, which then calibrates nothing.
 set -euo pipefail
 networks=$1 squeezenet=$2 mobilenet=$3 data=npz:$4 out=${5:-results/imagenet_sample}
@@ -17,10 +18,11 @@ here=$(dirname "$0")
 # From T = 32 on the ceilings for 32 steps serve, and one simulation of the longest T tells all of them.
 common=(--steps ${STEPS:-8 16 32 64 128} --share 32 --calibration-images "${CALIBRATION:-1000}")
 [ -z "${IMAGES:-}" ] || common+=(--images "$IMAGES")
-[ -z "${REFINE:-}" ] || common+=(--refine $REFINE)
+[ -z "${REFINE:-}" ] || common+=(--refine $REFINE --label "${LABEL:-refined}")
 [ -z "${HELD_OUT:-}" ] || common+=(--held-out "$HELD_OUT")
 
 run() { # NAME FACTORY WEIGHTS preprocessing...
+    [[ " ${NETWORKS:-squeezenet mobilenet} " == *" $1 "* ]] || return 0
     local folder=$out/$1 factory=$2 weights=$3
     shift 3
     "$python" "$here/../bench/many_steps.py" "$networks:$factory" "$weights" "$data" "$@" "${common[@]}" --out "$folder"
