@@ -174,9 +174,14 @@ def _worker(source: str, name: str, connection: Any) -> None:
         fill_row(row, connection.send)
     except Exception as error:
         text = (str(error).strip().splitlines() or [""])[0]
-        row |= {"status": "failed", "reason": f"{type(error).__name__}: {text[:300]}"}
+        row |= failed(row, f"{type(error).__name__}: {text[:300]}")
     connection.send(row)
     connection.send(None)
+
+
+def failed(row: dict[str, Any], reason: str) -> dict[str, Any]:
+    """What to note; a network that was refused by name stays so, whatever becomes of it with parts kept analog."""
+    return {"status": "refused", "analog_attempt": reason} if "refused" in row else {"status": "failed", "reason": reason}
 
 
 def in_own_process(source: str, name: str, limit: float) -> dict[str, Any]:
@@ -199,8 +204,7 @@ def in_own_process(source: str, name: str, limit: float) -> dict[str, Any]:
             row.setdefault("status", "too slow")
             row.setdefault("reason", f"was not converted within {limit:g} s")
     except EOFError:
-        died = "its process died, out of memory as a rule"
-        row |= {"analog_attempt": died} if row.get("status") == "refused" else {"status": "failed", "reason": died}
+        row |= failed(row, "its process died, out of memory as a rule")
     process.kill()
     process.join()
     about = {"steps": [SHORT, LONG], "images": IMAGES, "seed": SEED, "commit": commit(), "machine": machine(), "versions": versions()}
