@@ -20,6 +20,7 @@ import quickspike as qs
 from quickspike.early_exit import Exit, leads_of
 from quickspike.errors import OptionError
 from quickspike.memory import Parts, counter_type, in_bytes, keep_freed_memory, parts
+from quickspike.neuron import Increment, RunningMean, Timed
 from quickspike.simulation import simulate
 from random_networks import NETWORKS, draw
 
@@ -275,3 +276,12 @@ def test_without_glibc_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not keep_freed_memory()
     finally:
         keep_freed_memory.cache_clear()
+
+
+@pytest.mark.parametrize("layer", [RunningMean(8), Increment(8)], ids=["mean", "increment"])
+def test_what_is_kept_between_steps_holds_one_step(layer: Timed) -> None:
+    """A view of the last step would keep all of them, in every layer."""
+    x, state = torch.randn(8 * 3, 5), None
+    for _ in range(2):
+        _, state = layer.scan(x[: 4 * 3], state, 4)
+        assert state[1].untyped_storage().nbytes() == 3 * 5 * 4

@@ -565,7 +565,8 @@ class RunningMean(Timed):
         done, total = state or (0, 0.0)
         sums = unfold(single(x), steps).cumsum(0) + total
         counts = torch.arange(done + 1, done + steps + 1, device=x.device, dtype=sums.dtype).view(-1, *(1,) * x.ndim)
-        return (sums / counts).flatten(0, 1).to(x), (done + steps, sums[-1])
+        # A copy: a view would keep the sums of all steps.
+        return (sums / counts).flatten(0, 1).to(x), (done + steps, sums[-1].clone())
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}"
@@ -583,7 +584,7 @@ class Increment(Timed):
         done, last = state or (0, torch.zeros_like(values[0]))
         counts = torch.arange(done + 1, done + steps + 1, device=x.device, dtype=values.dtype).view(-1, *(1,) * x.ndim)
         sums = values * counts
-        return torch.cat([sums[:1] - last, sums[1:] - sums[:-1]]).flatten(0, 1).to(x), (done + steps, sums[-1])
+        return torch.cat([sums[:1] - last, sums[1:] - sums[:-1]]).flatten(0, 1).to(x), (done + steps, sums[-1].clone())
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}"
