@@ -6,6 +6,7 @@ Calibration", ICML 2021, arXiv 2106.06984 (advanced pipeline, weights).
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,8 +32,10 @@ from quickspike.structure import Outputs, tensors
 logger = logging.getLogger(__name__)
 
 LAYERS = (*CONVOLUTIONS, nn.Linear, Affine)
-FIRST, RISEN = 10, 1.1
-"""Steps after which it shows whether the loss rises, and by what factor: the first ones may overshoot."""
+FIRST, COMPARED = 30, 10
+"""Steps after which it shows whether the loss rises, and how many of them show it: the ones before may overshoot."""
+RISEN = 1.0
+"""The factor by which it may."""
 SMALLEST_RATE = 1e-4
 """Least learning rate, in units of the one that is asked for."""
 SMALLEST = 1e-12
@@ -91,10 +94,8 @@ class WeightCalibration(Refinement):
         if self.by == "means" and not windows:
             raise OptionError("weight_calibration:by=means needs neurons without leak, and pools that look at more than single spikes")
         with torch.no_grad():
-            unchanged = [
-                float(self._loss(snn, ann, batch, windows))
-                for _, batch in zip(range(FIRST), self._batches(snn, images, windows), strict=False)
-            ]
+            batches = itertools.islice(self._batches(snn, images, windows), max(0, min(FIRST, self.iterations) - COMPARED), FIRST)
+            unchanged = [float(self._loss(snn, ann, batch, windows)) for batch in batches]
         try:
             for parameter in parameters:
                 parameter.requires_grad_()
@@ -136,7 +137,7 @@ class WeightCalibration(Refinement):
                 optimiser.step()
                 schedule.step()
                 losses.append(float(loss.detach()))
-                if len(losses) == len(unchanged) and not sum(losses) <= RISEN * sum(unchanged):
+                if len(losses) == min(FIRST, self.iterations) and not sum(losses[-COMPARED:]) <= RISEN * sum(unchanged):
                     return False
         return bool(torch.stack([parameter.isfinite().all() for parameter in parameters]).all())
 
