@@ -210,7 +210,7 @@ def _json(path: Path) -> Any:
         return [timeless(one) for one in data] if isinstance(data, list) else data
 
     text = path.read_text(encoding="utf-8")
-    return "seconds" if path.name == "seconds.json" and float(text) >= 0 else timeless(json.loads(text))
+    return type(json.loads(text)) if path.name == "seconds.json" else timeless(json.loads(text))
 
 
 def _csv(path: Path) -> Any:
