@@ -17,7 +17,6 @@ from quickspike.data import DataSet
 from quickspike.errors import OptionError, QuickspikeError
 from quickspike.evaluation import make_fabric
 from quickspike.files import OutputError
-from quickspike.files import OutputError
 from quickspike.metrics import Metrics
 from quickspike.training import Interrupted, Silent, Trainer, Training
 
@@ -202,5 +201,5 @@ def test_a_disk_that_is_full_for_tensorboard_is_the_users_to_mend(tmp_path: Path
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(SummaryWriter, "add_scalar", full)
-    with pytest.raises(OutputError, match="TensorBoard .* No space left"):
+    with pytest.raises(OutputError, match=r"TensorBoard .* No space left"):
         metrics.extend("ann", rows(1))

@@ -172,8 +172,8 @@ class Campaign:
         return [*command.arguments, *(["--resume"] if again and command.resumes else [])]
 
     def _check_stopped(self, trial: Trial, ended: Ended, send: int) -> None:
-        """A run that was over before its moment is none that was stopped; that is no fault."""
-        if ended.code == 0:
+        """A run that was over before its moment was not stopped, nor was one that refused to go on; that is no fault."""
+        if ended.code == 0 or refused_to_go_on(trial, ended):
             return
         if send == signal.SIGKILL:
             expected = (-signal.SIGKILL, -signal.SIGXFSZ)
@@ -198,8 +198,7 @@ class Campaign:
         from commands import Broken, contents
 
         ended = injection.run(self._going_on(command, True), folder, *self.plant)
-        if trial.earlier and ended.code == 2 and any(text in ended.err for text in ("was made with", "was made by another recipe")):
-            # Stopped before it had begun: what would be gone on with is the earlier run, and still there.
+        if refused_to_go_on(trial, ended):
             ended = injection.run(list(command.arguments), folder, *self.plant)
         if ended.code != 0:
             trial.wrong.append(f"going on: exit {ended.code}: {_end_of(ended.err)}")
@@ -263,8 +262,14 @@ class Campaign:
         return trial
 
 
+def refused_to_go_on(trial: Trial, ended: Ended) -> bool:
+    """Stopped before it had begun: what would be gone on with is the earlier run, with other settings, and still there."""
+    return trial.earlier and ended.code == 2 and any(text in ended.err for text in ("was made with", "was made by another recipe"))
+
+
 def _end_of(text: str) -> str:
-    """What was said last; of a process that aborted what it said first, before the addresses."""
+    """What was said last, of a process that aborted what it said before the addresses; without folders of this machine."""
+    text = re.sub(r"/[\w./+-]+/", "", text)
     return text.strip()[:600] if "terminate called" in text else text.strip()[-300:]
 
 
@@ -537,8 +542,8 @@ INPUTS = {
     "export, nir": ("inputs/network.safetensors",),
 }
 CLOCKS: dict[str, Callable[[float], float]] = {
-    "the clock goes back an hour": lambda seconds: -3600.0 * (seconds > 0.2),
-    "the clock goes on a day": lambda seconds: 86400.0 * (seconds > 0.2),
+    "the clock goes back an hour": lambda seconds: seconds - 3600.0 * (seconds > 0.2),
+    "the clock goes on a day": lambda seconds: seconds + 86400.0 * (seconds > 0.2),
     "the clock runs backwards": lambda seconds: -seconds,
     "the clock stands still": lambda seconds: 0.0,
 }
@@ -601,7 +606,8 @@ def main() -> int:
         chosen.out.write_text(_json(chosen, trials, untried, seen, time.monotonic() - started))
     sys.stdout.write(
         f"{len(trials)} trials: {len(trials) - len(wrong)} right, {len(wrong)} wrong, {len(untried)} not possible here; "
-        f"{len(seen) - len(missed)} of {len(seen)} planted faults seen; {time.monotonic() - started:.0f} s\n"
+        f"{len(seen) - len(missed)} of {len(seen)} planted faults seen; {time.monotonic() - started:.0f} s, "
+        f"{sum(os.times()[:4]):.0f} s of them on a processor\n"
     )
     return 1 if wrong or missed else 0
 
@@ -674,6 +680,7 @@ def _json(chosen: argparse.Namespace, trials: Sequence[Trial], untried: Sequence
         "versions": versions(),
         "machine": machine(),
         "seconds": round(seconds),
+        "processor seconds": round(sum(os.times()[:4])),
         "counts": counts,
         "not possible here": list(untried),
     }

@@ -183,7 +183,7 @@ def without_privileges() -> None:
 
 
 def clock(move: Callable[[float], float]) -> Setup:
-    """What clocks show; `move` makes it of the seconds since the start."""
+    """What clocks show, in seconds since the start; `move` makes it of how many there were."""
 
     def setup() -> None:
         real, begin = time.monotonic, time.monotonic()

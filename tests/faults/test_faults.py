@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,6 @@ def test_a_broken_program_is_noticed(found: dict[str, Any]) -> None:
     assert [name for name, trials in found["planted"].items() if not trials[-1]["wrong"]] == []
 
 
-def test_the_machine_does_not_show(found: dict[str, Any]) -> None:
-    text = json.dumps({**found, "trials": [{**trial, "message": trial["message"]} for trial in found["trials"]]})
-    assert str(Path.home()) not in text
-    assert str(CAMPAIGN.parents[2]) not in json.dumps(found["trials"])
+def test_no_path_of_this_machine_shows(found: dict[str, Any]) -> None:
+    shown = json.dumps(found)
+    assert all(str(path) not in shown for path in (CAMPAIGN.parents[2], Path.home(), Path(tempfile.gettempdir())))
