@@ -1,11 +1,11 @@
-# make demo | make test | make check | make bench | make graphs | make setup | make clean
+# make demo | make test | make check | make bench | make graphs | make faults | make setup | make clean
 # Each sets up .venv first if that is not done yet; afterwards nothing needs the network.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check bench graphs setup clean
+.PHONY: demo test check bench graphs faults setup clean
 
 demo: $(READY)
 	@$(BIN)/quickspike demo
@@ -32,6 +32,12 @@ GRAPHS ?= 500
 # Random networks, always the same ones: each converts rightly or is refused by name.
 graphs: $(READY)
 	@$(BIN)/python tests/test_random_graphs.py $(GRAPHS)
+
+KILLS ?= 50
+
+# Commands killed, and without disk, permission, memory, at many moments: whole files, and the same result when they go on.
+faults: $(READY)
+	@$(BIN)/python tests/faults/campaign.py --kills $(KILLS)
 
 setup: $(READY)
 

@@ -715,6 +715,17 @@ def test_a_mistake_of_ours_is_not_dressed_up_as_the_users(model: Path, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_too_little_memory_is_one_line(error: Exception, model: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("quickspike.data.ImageStream.feed", fail)
+    arguments = ("convert", f"{model}:net", "--data", "digits", "--calibration-images", 20, "--out", tmp_path / "a")
+    failed(run(*arguments), "out of memory", "--batch-size", code=1)
+    assert list(tmp_path.iterdir()) == []
+
+
 # Progress
 
 
@@ -785,6 +796,21 @@ def test_an_error_of_the_program_is_one_line_and_status_2(tmp_path: Path) -> Non
     result = process("-m", "quickspike", "evaluate", tmp_path / "missing", "--data", "digits")
     assert (result.returncode, result.stdout) == (2, "")
     assert re.fullmatch(r"quickspike: error: .*missing: no such file\n", result.stderr)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_printed_is_one_line_and_status_1() -> None:
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "quickspike", "methods"], stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=120
+        )
+    assert (result.returncode, result.stderr) == (1, "quickspike: error: [Errno 28] No space left on device\n")
+
+
+def test_the_help_tells_the_exit_statuses(run: Any) -> None:
+    shown = run("--help").out
+    for status in ("0 done", "1 the machine", "2 something to put right", "130 Ctrl-C", "143 SIGTERM"):
+        assert status in shown
 
 
 def test_a_reader_that_stops_early_sees_no_traceback() -> None:

@@ -539,3 +539,43 @@ def test_the_python_of_the_page_runs(
         exec(code, names)
     assert set(contents(tmp_path / "resnet20-qcfs")) == FILES
     assert set(uploads[1]["files"]) == FILES
+
+
+@pytest.mark.parametrize("step", range(1, 5))
+def test_a_card_never_speaks_of_another_network(step: int, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever it is stopped, the folder loads, and what lies beside the network is of that network."""
+    folder, few = save_pretrained(made.snn, tmp_path / "net", made.report), made.snn.with_steps(2)
+    replace, moved = Path.replace, 0
+
+    def stopped(path: Path, target: Any) -> Path:
+        nonlocal moved
+        moved += path.parent != folder.parent and path.suffix != ".part"
+        if moved == step:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stopped)
+        if step < 4:
+            with pytest.raises(KeyboardInterrupt):
+                save_pretrained(few, folder)
+        else:
+            save_pretrained(few, folder)
+    steps = from_pretrained(folder).steps
+    assert steps == (made.snn.steps if step == 1 else 2)
+    if (folder / CONFIG).exists():
+        assert json.loads((folder / CONFIG).read_text())["steps"] == steps
+    assert (folder / CARD).exists() == (step == 4)
+    save_pretrained(few, folder)
+    assert set(contents(folder)) == {CARD, CONFIG, NETWORK}
+
+
+def test_a_full_disk_is_told_of_the_folder_that_was_asked_for(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OutputError) as caught:
+        save_pretrained(made.snn, tmp_path / "net")
+    assert str(caught.value) == f"cannot write {tmp_path / 'net' / NETWORK}: No space left on device"
+    assert list(tmp_path.iterdir()) == []

@@ -190,3 +190,16 @@ def test_figures_are_written_after_every_epoch(train: Callable[..., Any], tmp_pa
 
     train("source", tmp_path, watcher=Look(), tensorboard=False)
     assert seen == [1, 2, 3, 4]
+
+
+def test_a_disk_that_is_full_for_tensorboard_is_the_users_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    metrics = Metrics(tmp_path, tensorboard=True)
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    with pytest.raises(OutputError, match=r"TensorBoard .* No space left"):
+        metrics.extend("ann", rows(1))

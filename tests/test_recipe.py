@@ -699,6 +699,16 @@ def test_results_of_another_recipe_are_not_taken_for_this_ones(fabric: Any, tmp_
     assert list(run_recipe(other, place)["runs"][0]["accuracy"]["converted"]) == ["3"]
 
 
+@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: "3", lambda text: ""])
+def test_a_damaged_result_of_a_seed_is_refused(damage: Callable[[str], str], fabric: Any, tmp_path: Path) -> None:
+    place = Place(out=tmp_path / "out", fabric=fabric)
+    run_recipe(small(train=None, source=None), place)
+    run = tmp_path / "out" / "seed0" / "run.json"
+    run.write_text(damage(run.read_text()))
+    with pytest.raises(QuickspikeError, match=r"run\.json: not .* remove it"):
+        run_recipe(small(train=None, source=None), dataclasses.replace(place, resume=True))
+
+
 def test_options_that_came_later_change_no_digest_where_they_are_off(write: Callable[[str], Path]) -> None:
     """Results, checkpoints and shared source networks made before they came are taken up as they are."""
     recipe = read_recipe(write(TEXT))

@@ -770,18 +770,18 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it(
 ) -> None:
     whole, resumed = cnn(), cnn()
     trainer(**FULL)(whole, "source")
-    save, calls = torch.save, 0
+    write, calls = Path.write_bytes, 0
 
-    def failing(state: Any, path: Any) -> None:
+    def failing(path: Path, data: Any) -> int:
         nonlocal calls
-        calls += 1
+        calls += path.name.startswith(".source.ckpt.")
         if calls == 3:
-            Path(path).write_bytes(b"half")
+            write(path, b"half")
             raise OSError(28, "No space left on device")
-        save(state, path)
+        return write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", failing)
+        patch.setattr(Path, "write_bytes", failing)
         with pytest.raises(OutputError, match="No space left"):
             trainer(**FULL, folder=tmp_path)(cnn(), "source")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "source.ckpt"]
@@ -1168,3 +1168,34 @@ def test_training_learns(digits: DataSet, fabric: Any) -> None:
     assert accuracy_of(network, digits.loader("test"), fabric) > 90
     assert rows[-1]["validation_accuracy"] > 90
     assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+@pytest.mark.parametrize("reason", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
+def test_a_checkpoint_is_not_blamed_for_too_little_memory(
+    reason: Exception, trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message that says to remove it would cost the user the training."""
+    trainer(**FULL, folder=tmp_path)(cnn(), "source")
+    before = (tmp_path / "source.ckpt").read_bytes()
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise reason
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(reason)) as caught:
+        trainer(**FULL, folder=tmp_path, resume=True)(cnn(), "source")
+    assert caught.value is reason
+    assert (tmp_path / "source.ckpt").read_bytes() == before
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_to_be_removed(
+    trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer(**FULL, folder=tmp_path)(cnn(), "source")
+
+    def forbidden(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    with pytest.raises(CheckpointError, match=r"cannot read .*source\.ckpt: Permission denied$"):
+        trainer(**FULL, folder=tmp_path, resume=True)(cnn(), "source")

@@ -23,8 +23,9 @@ from torch import Tensor, fx, nn
 
 from quickspike.conversion import SpikingNetwork
 from quickspike.errors import CheckpointError
-from quickspike.files import whole_file
+from quickspike.files import write_bytes
 from quickspike.graph import Site
+from quickspike.memory import out_of_memory
 from quickspike.neuron import MAX_STEPS, AccumulatedMaxPool, Increment, Neuron, NeuronParameters, Repeat, RunningMean, Surrogate
 from quickspike.operators import ANALOG_LAYERS, FUNCTION_NAMES, FUNCTIONS, LAYERS, MAX_POOLS, layer_arguments
 from quickspike.rehearsal import AfterRehearsal, RehearsedNeuron
@@ -58,8 +59,7 @@ def save(snn: SpikingNetwork, path: str | Path) -> None:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the network holds something that JSON does not ({error}); look at its provenance and paddings") from error
     metadata = {"quickspike": header, "sha256": _digest(header, tensors)}
-    with whole_file(path) as temporary:
-        temporary.write_bytes(_in_order(safetensors.torch.save(tensors, metadata)))
+    write_bytes(path, _in_order(safetensors.torch.save(tensors, metadata)))
 
 
 def _state(snn: SpikingNetwork) -> dict[str, Tensor]:
@@ -200,7 +200,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:
+        if out_of_memory(error):
+            raise
         hint = "truncated, or not a safetensors file; pickles are never read"
         raise CheckpointError(f"{path}: {hint} ({(str(error).splitlines() or [type(error).__name__])[0]})") from error
     if "quickspike" not in metadata:

@@ -5,14 +5,17 @@ Nothing heavy is imported here at the top: `quickspike --help` answers before to
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import tyro
 
@@ -430,27 +433,75 @@ COUNTED = 200
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; exit status 0, 2 for a user's error, 130 for an interrupt."""
+    """Run the command line; exit statuses are those of `STATUSES`."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments == ["--version"]:
         sys.stdout.write(f"quickspike {__version__}\n")
         return
     logging.basicConfig(format="quickspike: %(message)s", level=logging.WARNING)
+    with _interrupts() as received:
+        try:
+            _dispatch(arguments)
+            sys.stdout.flush()
+        except KeyboardInterrupt as stop:
+            sys.stderr.write(f"\nquickspike: {str(stop) or 'interrupted; no file was left half-written'}\n")
+            sys.exit(128 + (received or [signal.SIGINT])[0])
+        except OSError as error:
+            # The interpreter would complain once more when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            # A reader that has left (`| head`) wants to hear no more.
+            _leave(1, "" if isinstance(error, BrokenPipeError) else str(error))
+        except (ValueError, RuntimeError, MemoryError) as error:
+            if (told := _told(error)) is None:
+                raise
+            _leave(*told)
+
+
+STATUSES = """Exit status: 0 done; 1 the machine could not (out of memory, nobody reads the output), or a mistake in quickspike, which shows
+a traceback; 2 something to put right: options, input, an output that cannot be written; 130 Ctrl-C; 143 SIGTERM. Files are
+written whole or not at all."""
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """SIGTERM stops a command as Ctrl-C does, with time to tidy up and to say how to go on; the list gets its number."""
+    received: list[int] = []
+    # One of several processes has to end at once, even while it waits for the others, where Python hears no signal.
+    if threading.current_thread() is not threading.main_thread() or "LOCAL_RANK" in os.environ:
+        yield received
+        return
+
+    def stop(number: int, _: object) -> None:
+        received.append(number)
+        # A second one ends the process while it tidies up.
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        _dispatch(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has left (`| head`); the interpreter would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(1)
-    except KeyboardInterrupt as stop:
-        sys.stderr.write(f"\nquickspike: {str(stop) or 'interrupted; no file was left half-written'}\n")
-        sys.exit(130)
-    except ValueError as error:
-        if not _is_users(error):
-            raise
-        sys.stderr.write(f"quickspike: error: {error}\n")
-        sys.exit(2)
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _told(error: Exception) -> tuple[int, str] | None:
+    """Exit status and message of an error that is no mistake of this program."""
+    from quickspike.errors import QuickspikeError
+
+    if isinstance(error, QuickspikeError):
+        return 2, str(error)
+    from quickspike.memory import out_of_memory
+
+    if out_of_memory(error):
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        return 1, f"out of memory ({reason}); take less at a time: a smaller --batch-size, --accumulate, or evaluate --memory"
+    return None
+
+
+def _leave(status: int, message: str) -> NoReturn:
+    if message:
+        sys.stderr.write(f"quickspike: error: {message}\n")
+    sys.exit(status)
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -483,7 +534,7 @@ def _dispatch(arguments: list[str]) -> None:
     tyro.extras.subcommand_cli_from_dict(
         commands,
         prog="quickspike",
-        description="Turn a trained PyTorch network into a spiking one that answers in a few time steps.",
+        description=f"Turn a trained PyTorch network into a spiking one that answers in a few time steps.\n\n{STATUSES}",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
         sort_subcommands=False,
@@ -537,9 +588,3 @@ def _chosen_method(arguments: list[str]) -> str | None:
         if flag == "--method":
             return value
     return None
-
-
-def _is_users(error: ValueError) -> bool:
-    from quickspike.errors import QuickspikeError
-
-    return isinstance(error, QuickspikeError)

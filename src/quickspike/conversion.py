@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from quickspike.capture import check_sizes, free_name
 from quickspike.errors import ConversionError, DataError, OptionError
 from quickspike.graph import Site, Traced, fold, swap
+from quickspike.memory import out_of_memory
 from quickspike.method import Method
 from quickspike.neuron import MAX_STEPS, AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, Surrogate, Timed, unfold
 from quickspike.operators import ANALOG_LAYERS, MAX_POOLS, NOT_AFFINE, shape
@@ -256,7 +257,7 @@ class SpikingNetwork(nn.Module):
         try:
             yield
         except RuntimeError as error:
-            other = isinstance(error, (torch.OutOfMemoryError, NotImplementedError, RecursionError))
+            other = out_of_memory(error) or isinstance(error, (NotImplementedError, RecursionError))
             if other or images.is_cuda or tuple(images.shape[1:]) == self.input_shape or images.dtype != next(self.parameters()).dtype:
                 raise
             fits, reason = ", ".join(map(str, ("B", *self.input_shape))), str(error).strip().splitlines()[0]

@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSample
 
 from quickspike.capture import check_batch
 from quickspike.errors import DataError, UnknownNameError
+from quickspike.memory import out_of_memory
 from quickspike.preprocessing import PREPROCESSING, Preprocessing
 from quickspike.wrapped import Wrapped
 
@@ -384,6 +385,8 @@ def _npz(path: Path, preprocessing: Preprocessing) -> DataSet:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise DataError(f"{path}: not a readable npz file ({str(error).splitlines()[0]})") from error
     missing = [key for key in NPZ_KEYS if key not in arrays]
     if missing:

@@ -19,7 +19,7 @@ from quickspike.capture import check_batch, copy_of
 from quickspike.conversion import SpikingNetwork
 from quickspike.data import Batches, share_of
 from quickspike.errors import DataError, OptionError
-from quickspike.memory import in_bytes, keep_freed_memory
+from quickspike.memory import in_bytes, keep_freed_memory, out_of_memory
 from quickspike.processor import warn_of_slow
 from quickspike.provenance import machine, versions
 from quickspike.simulation import simulate
@@ -278,9 +278,9 @@ def check_labels(images: Tensor, labels: Tensor | None, number: int, needed: boo
 def _fitting(forward: Callable[[], Any], what: str, images: Tensor, number: int) -> Any:
     try:
         return forward()
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"evaluation batch {number}: {what} cannot take images {list(images.shape)}: {reason}") from error
 

@@ -22,7 +22,7 @@ from quickspike.conversion import SpikingNetwork
 from quickspike.energy import DEVICES, Energy
 from quickspike.errors import CheckpointError, DataError, OptionError, QuickspikeError, UnknownNameError
 from quickspike.evaluation import Report
-from quickspike.files import OutputError, write_text
+from quickspike.files import OutputError, clear_abandoned, write_text
 from quickspike.method import get, label
 from quickspike.paper import Paper
 from quickspike.refinement import REFINEMENTS
@@ -326,29 +326,35 @@ def _text_of(path: Path) -> str:
 @contextlib.contextmanager
 def _beside(folder: Path) -> Iterator[Path]:
     """An empty folder on the same disk, gone in the end."""
-    folder = folder.absolute()
+    place = folder.absolute()
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        clear_abandoned(place)
+        made = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.", suffix=".part"))
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror or error}") from error
     try:
         yield made
+    except OutputError as error:
+        raise OutputError(str(error).replace(str(made), str(folder))) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
 
 def _replace(made: Path, folder: Path) -> None:
-    """Put the files in their place; the card comes last, so that it never speaks of files that are not there."""
+    """Put the files in their place, one after the other: what speaks of a network is there only while that network is.
+
+    The network itself is replaced at once, so that the folder can be loaded at any time.
+    """
     try:
         folder.mkdir(exist_ok=True)
-        # Without a card of ours there, a picture of that name is somebody else's.
-        saved_before = (folder / CARD).exists()
+        # Without a file of ours there, a picture of that name is somebody else's.
+        if (folder / CARD).exists() or (folder / CONFIG).exists():
+            for name in (CARD, PICTURE, CONFIG):
+                (folder / name).unlink(missing_ok=True)
         for name in (NETWORK, CONFIG, PICTURE, CARD):
             if (made / name).exists():
                 (made / name).replace(folder / name)
-            elif saved_before:
-                (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror or error}") from error
 

@@ -72,6 +72,19 @@ def in_bytes(memory: str | int) -> int:
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether there was not enough memory, which says nothing about what was asked for or read.
+
+    PyTorch has no type of its own for the memory of the CPU, and while it saves a file it puts another error in the place of
+    the first.
+    """
+    while error is not None:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def counter_type(steps: int) -> torch.dtype:
     """The smallest type for numbers of spikes in `steps` steps; signed, so that differences of two are right too."""
     return next(kind for kind in (torch.int8, torch.int16, torch.int32) if steps <= torch.iinfo(kind).max)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from quickspike.errors import OptionError, QuickspikeError
-from quickspike.files import check_writable, write_text
+from quickspike.files import OutputError, check_writable, write_text
 
 
 class Metrics:
@@ -43,11 +44,12 @@ class Metrics:
         kept = [row for row in _read(path) if (row["stage"], int(row["epoch"])) not in new]
         write_text(path, _to_csv([*kept, *({"stage": stage, **row} for row in rows)]))
         if self._events is not None:
-            for row in rows:
-                for name, value in row.items():
-                    if name != "epoch":
-                        self._events.add_scalar(f"{stage}/{name}", value, int(row["epoch"]))
-            self._events.flush()
+            with _writing(self.folder):
+                for row in rows:
+                    for name, value in row.items():
+                        if name != "epoch":
+                            self._events.add_scalar(f"{stage}/{name}", value, int(row["epoch"]))
+                self._events.flush()
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -80,4 +82,14 @@ def _event_writer(folder: Path) -> Any:
     except ImportError:
         raise OptionError("tensorboard is not installed; install it with: pip install 'quickspike[tensorboard]'") from None
     check_writable(folder / "metrics.csv")
-    return SummaryWriter(str(folder))
+    with _writing(folder):
+        return SummaryWriter(str(folder))
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """TensorBoard writes by itself, bit by bit."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot write the figures for TensorBoard in {folder}: {error.strerror or error}") from error

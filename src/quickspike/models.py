@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from quickspike.errors import OptionError, QuickspikeError, UnknownNameError
-from quickspike.files import whole_file
+from quickspike.files import write_bytes
+from quickspike.memory import out_of_memory
 from quickspike.networks import BUILDERS, Options
 from quickspike.networks import digits_cnn as digits_cnn
 from quickspike.options import options_of
@@ -266,6 +267,8 @@ def _read_state(path: Path) -> dict[str, Any]:
         # torch's own message recommends to switch the protection off.
         raise ModelError(f"{path}: not a file of weights that can be read without running code; save model.state_dict()") from error
     except Exception as error:
+        if out_of_memory(error):
+            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ModelError(f"{path}: not a file of weights that can be read without running code ({reason})") from error
     if not isinstance(state, Mapping):
@@ -282,5 +285,4 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     from safetensors.torch import save
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with whole_file(path) as temporary:
-        temporary.write_bytes(save(state))
+    write_bytes(path, save(state))

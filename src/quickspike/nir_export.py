@@ -9,6 +9,7 @@ others: poolings as sums, shortcuts that cut or scale as convolutions of 1 x 1, 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import re
@@ -24,7 +25,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from quickspike.conversion import SpikingNetwork
 from quickspike.errors import ConversionError, OptionError
-from quickspike.files import whole_file
+from quickspike.files import write_bytes
 from quickspike.folding import fold, padding_of
 from quickspike.neuron import Neuron, Repeat
 from quickspike.nir_chains import chained
@@ -134,8 +135,9 @@ def export_nir(snn: SpikingNetwork, path: str | Path, reader: str = "nir", initi
     if strict and exported.losses:
         listed = "\n".join(f"- {loss}" for loss in exported.losses)
         raise ConversionError(f"not written, because {reader} would not answer as this network does:\n{listed}")
-    with whole_file(path) as temporary:
-        need_nir().write(temporary, exported.graph)
+    written = io.BytesIO()
+    need_nir().write(written, exported.graph)
+    write_bytes(path, written.getvalue())
     return exported
 
 

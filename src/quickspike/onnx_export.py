@@ -28,7 +28,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from quickspike.conversion import SpikingNetwork
 from quickspike.engines.integer import ByteConv, ByteLinear, Bytes, available
 from quickspike.errors import CheckpointError, ConversionError, OptionError
-from quickspike.files import whole_file
+from quickspike.files import write_bytes
 from quickspike.neuron import Increment, Neuron, Repeat, RunningMean
 from quickspike.program_export import (
     FORMAT,
@@ -123,8 +123,7 @@ def to_onnx(snn: SpikingNetwork, path: str | Path, form: Form = "unrolled", *, i
     if integers:
         description["integers"] = {"weights": writer.weights, "in floating point": kept}
     data = _sealed(writer.model(outputs, snn.input_shape), description)
-    with whole_file(path) as temporary:
-        temporary.write_bytes(data)
+    write_bytes(path, data)
 
 
 def check_onnx(path: str | Path) -> dict[str, Any]:

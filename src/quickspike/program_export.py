@@ -26,7 +26,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from quickspike.capture import free_name
 from quickspike.conversion import SpikingNetwork
 from quickspike.errors import CheckpointError, ConversionError, OptionError
-from quickspike.files import whole_file
+from quickspike.files import write_bytes
 from quickspike.neuron import AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, Timed, unfold
 from quickspike.operators import FUNCTION_NAMES
 from quickspike.version import __version__
@@ -413,8 +413,7 @@ def to_program(snn: SpikingNetwork, path: str | Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.export.save(program, stream, extra_files={"quickspike.json": json.dumps(facts(snn), sort_keys=True)})
-    with whole_file(path) as temporary:
-        temporary.write_bytes(_sealed(stream.getvalue()))
+    write_bytes(path, _sealed(stream.getvalue()))
 
 
 def load_program(path: str | Path) -> torch.export.ExportedProgram:

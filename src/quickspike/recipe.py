@@ -325,6 +325,23 @@ def _digest_of(described: Any) -> str:
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12]
 
 
+def _result_in(path: Path) -> dict[str, Any]:
+    """What a finished seed gave.
+
+    Raises:
+        RecipeError: the file is no such result.
+    """
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise RecipeError(f"{path}: not a whole result ({error}); remove it to run this seed anew") from error
+    if not isinstance(found, dict):
+        raise RecipeError(f"{path}: not a result of this program; remove it to run this seed anew")
+    return found
+
+
 class _Seed:
     """One run of a recipe."""
 
@@ -338,7 +355,7 @@ class _Seed:
     def run(self) -> dict[str, Any]:
         done = self.folder / "run.json"
         if self.place.resume and done.is_file():
-            found: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+            found = _result_in(done)
             if found.get("recipe") != self._digest():
                 raise RecipeError(f"{done} was made by another recipe or with other images; remove it, or choose another folder")
             return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from quickspike.coverage import Coverage
 from quickspike.early_exit import Saving
 from quickspike.energy import Energy
 from quickspike.evaluation import Report
-from quickspike.files import whole_file
+from quickspike.files import write_bytes
 from quickspike.method import Method, label
 from quickspike.operations import Operations
 from quickspike.options import options_of
@@ -219,8 +220,9 @@ def plot_accuracy(reports: Mapping[str, Report], path: str | Path, savings: Sequ
     axes.set_ylabel(f"accuracy in % ({first.samples} images)")
     axes.grid(alpha=0.3)
     axes.legend()
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150, metadata={"Software": "quickspike"})
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=150, metadata={"Software": "quickspike"})
+    write_bytes(path, drawn.getvalue())
 
 
 def compare_table(reports: Mapping[str, Mapping[int, Report]]) -> Table:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,8 +28,8 @@ from quickspike.capture import copy_of
 from quickspike.conversion import SpikingNetwork, readout
 from quickspike.data import BATCH, DataSet
 from quickspike.errors import CheckpointError, DataError, OptionError, QuickspikeError
-from quickspike.files import whole_file
-from quickspike.memory import keep_freed_memory
+from quickspike.files import write_bytes
+from quickspike.memory import keep_freed_memory, out_of_memory
 from quickspike.metrics import Metrics
 from quickspike.options import option, validate
 from quickspike.provenance import digest
@@ -413,9 +414,9 @@ def _answers(fabric: Fabric, network: nn.Module, what: str) -> Answers:
         try:
             with torch.no_grad(), fabric.autocast():
                 found = asked(images)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             reason = str(error).strip().splitlines()[0]
             raise DataError(f"{what} cannot take images {list(images.shape)}: {reason}") from error
         given = tensors(found)
@@ -509,9 +510,9 @@ class _Stage:
         try:
             with torch.no_grad(), self.fabric.autocast():
                 logits = self.module(image)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             reason = str(error).strip().splitlines()[0]
             raise DataError(f"stage {self.stage}: the network cannot take images {list(image.shape)}: {reason}") from error
         if logits.ndim != 2 or logits.shape[1] < self.batches.classes:
@@ -535,7 +536,8 @@ class _Stage:
             value = self._step(epoch, index, images, targets)
             total, count = total + value * len(images), count + len(images)
             self.watcher.advance(len(images) * self.batches.share.processes)
-        seconds = time.perf_counter() - started
+        # A clock that stands still between two looks is no reason to stop.
+        seconds = max(time.perf_counter() - started, 1e-9)
         self._agree()
         broken = [name for name, parameter in self.module.named_parameters() if not bool(torch.isfinite(parameter).all())]
         where = f"stage {self.stage}, epoch {epoch + 1}"
@@ -614,8 +616,9 @@ class _Stage:
             "best": self.best,
         }
         if self.fabric.is_global_zero:
-            with whole_file(self.file) as temporary:
-                torch.save(state, temporary)
+            written = io.BytesIO()
+            torch.save(state, written)
+            write_bytes(self.file, written.getbuffer())
         self.fabric.barrier()
 
     def _described(self) -> dict[str, Any]:
@@ -625,8 +628,14 @@ class _Stage:
         if self.file is None or not self.file.is_file():
             return
         try:
-            state = torch.load(self.file, map_location=self.fabric.device, weights_only=True)
+            written = io.BytesIO(self.file.read_bytes())
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.file}: {error.strerror or error}") from error
+        try:
+            state = torch.load(written, map_location=self.fabric.device, weights_only=True)
         except Exception as error:
+            if out_of_memory(error):
+                raise
             raise CheckpointError(f"{self.file}: not a whole training checkpoint; remove it to start this stage anew") from error
         if not isinstance(state, dict) or set(state) != {"settings", "rows", "module", "optimiser", "average", "best"}:
             raise CheckpointError(f"{self.file}: not a training checkpoint; remove it to start this stage anew")
