@@ -1,11 +1,11 @@
-# make demo | make test | make check | make bench | make graphs | make setup | make clean
+# make demo | make test | make check | make bench | make graphs | make fuzz | make setup | make clean
 # Each sets up .venv first if that is not done yet; afterwards nothing needs the network.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check bench graphs setup clean
+.PHONY: demo test check bench graphs fuzz setup clean
 
 demo: $(READY)
 	@$(BIN)/quickspike demo
@@ -32,6 +32,10 @@ GRAPHS ?= 500
 # Random networks, always the same ones: each converts rightly or is refused by name.
 graphs: $(READY)
 	@$(BIN)/python tests/test_random_graphs.py $(GRAPHS)
+
+# Spoiled files, recipes and images: each is read as what it is, or refused by name.
+fuzz: $(READY)
+	@$(BIN)/python tests/fuzz.py --out results/fuzz.json
 
 setup: $(READY)
 

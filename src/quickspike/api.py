@@ -18,6 +18,7 @@ from quickspike.graph import Traced, fold, trace
 from quickspike.method import Method, create
 from quickspike.neuron import Surrogate
 from quickspike.piecewise import PIECES
+from quickspike.plausibility import warn_of_statistics
 from quickspike.provenance import versions
 from quickspike.training import History, Train, Trainer, parameter_groups
 from quickspike.tuning import Tuning
@@ -118,6 +119,7 @@ def fit(
     _not_whitened(trainer)
     if trainer is not None:
         trainer = _taught(trainer, model)
+    warn_of_statistics(model, images.first)
     traced = trace(
         method.source(model),
         images.example,
