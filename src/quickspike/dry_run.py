@@ -17,6 +17,8 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from quickspike.errors import CheckpointError
+from quickspike.neuron import Neuron
+from quickspike.rehearsal import AfterRehearsal
 
 if TYPE_CHECKING:
     from quickspike.conversion import SpikingNetwork
@@ -40,15 +42,14 @@ def check_runs(snn: SpikingNetwork) -> None:
         CheckpointError: a layer does not fit what comes in, a signal is too large, or neurons are of another shape than their site.
     """
     steps = snn.steps
-    # Sizes do not depend on T, only the time that it takes to find them does; a first run has a length of its own.
-    few = steps if snn.masked() else min(steps, STEPS)
-    snn.set_steps(few)
+    # Sizes of a signal do not depend on T, only the time that it takes to find them does.
+    snn.set_steps(STEPS)
     try:
         outputs = _outputs(snn)
     finally:
         snn.set_steps(steps)
     for output in tree_leaves(outputs):
-        if not isinstance(output, Tensor) or output.ndim < 1 or len(output) != few * SAMPLES:
+        if not isinstance(output, Tensor) or output.ndim < 1 or len(output) != STEPS * SAMPLES:
             shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise CheckpointError(f"the network gives {shape}, which is no answer after every step")
 
@@ -115,10 +116,20 @@ class _Sizes(fx.Interpreter):
             _check_convolution(len(layer.kernel_size), layer.stride, layer.padding, layer.dilation, layer.output_padding)
         if isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)):
             _check_types(*args, layer.weight, layer.bias)
+        if isinstance(layer, (Neuron, AfterRehearsal)):
+            return _over_time(args[0], isinstance(layer, Neuron) and layer.constant_input)
         return super().call_module(target, args, kwargs)
 
 
 _CONVOLUTIONS = tuple(getattr(F, f"{kind}{axes}d") for kind in ("conv", "conv_transpose") for axes in (1, 2, 3))
+
+
+def _over_time(x: Tensor, constant: bool) -> Tensor:
+    """What neurons make of currents `[T*B, ...]`, or `[B, ...]` where these are the same at every step; how they fire changes no shape."""
+    wanted = SAMPLES if constant else STEPS * SAMPLES
+    if x.ndim < 2 or len(x) != wanted:
+        raise CheckpointError(f"neurons read currents of shape {list(x.shape)}, which are no batch of {wanted}")
+    return x.new_empty((STEPS * SAMPLES, *x.shape[1:]))
 
 
 def _check_types(*operands: Any) -> None:
