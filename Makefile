@@ -1,11 +1,11 @@
-# make demo | make test | make check | make bench | make graphs | make faults | make setup | make clean
+# make demo | make test | make check | make bench | make graphs | make faults | make fuzz | make setup | make clean
 # Each sets up .venv first if that is not done yet; afterwards nothing needs the network.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check bench graphs faults setup clean
+.PHONY: demo test check bench graphs faults fuzz setup clean
 
 demo: $(READY)
 	@$(BIN)/quickspike demo
@@ -38,6 +38,10 @@ KILLS ?= 50
 # Commands killed, and without disk, permission, memory, at many moments: whole files, and the same result when they go on.
 faults: $(READY)
 	@$(BIN)/python tests/faults/campaign.py --kills $(KILLS)
+
+# Spoiled files, recipes and images: each is read as what it is, or refused by name.
+fuzz: $(READY)
+	@$(BIN)/python tests/fuzz.py --out results/fuzz.json
 
 setup: $(READY)
 

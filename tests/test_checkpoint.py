@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import errno
+import functools
 import json
 import pickle
 import random
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,7 @@ from quickspike.errors import CheckpointError, QuickspikeError
 from quickspike.files import OutputError
 from quickspike.method import Method, Paper
 from quickspike.models import ModelError, load_weights
-from quickspike.neuron import NeuronParameters, Surrogate
+from quickspike.neuron import NeuronParameters, Surrogate, Timed
 
 STEPS = 4
 
@@ -579,6 +581,25 @@ def test_the_bomb_would_go_off(tmp_path: Path) -> None:
     assert (tmp_path / "marker").exists()
 
 
+def test_what_is_written_to_the_file_later_changes_no_network(saved: Path, plain: tuple[qs.SpikingNetwork, Tensor]) -> None:
+    """The checksum was that of the file as it was; a mapped file would go on changing, and end the process where it is cut."""
+    loaded = qs.load(saved)
+    with saved.open("r+b") as file:
+        file.write(b"\x7f" * saved.stat().st_size)
+    assert_same(plain[0], loaded, plain[1])
+    saved.write_bytes(b"")
+    assert_same(plain[0], loaded, plain[1])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 50_000])
+def test_the_check_of_a_network_does_not_depend_on_its_steps(steps: int, pooled: tuple[qs.SpikingNetwork, Tensor], tmp_path: Path) -> None:
+    pooled[0].with_steps(steps).save(tmp_path / "a")
+    started = time.perf_counter()
+    loaded = qs.load(tmp_path / "a")
+    assert time.perf_counter() - started < 5
+    assert {layer.steps for layer in loaded.modules() if isinstance(layer, Timed)} == {steps}
+
+
 # Headers written by an attacker who also computes the right digest
 
 
@@ -716,6 +737,21 @@ HOSTILE: dict[str, Change] = {
         put("layers", "conv", "arguments", "dict", "in_channels", value=10**9),
         put("layers", "conv", "arguments", "dict", "out_channels", value=10**9),
     ),
+    "convolution with strides of another number": put("layers", "conv", "arguments", "dict", "stride", value={"tuple": [1, 1, 1]}),
+    "convolution that gives another size": put("layers", "conv", "arguments", "dict", "padding", value={"tuple": [0, 0]}),
+    "convolution with a billion zeros around": put("layers", "conv", "arguments", "dict", "padding", value={"tuple": [10**9, 10**9]}),
+    "weights of another type than the others": tensor("conv.weight", lambda old: old.double()),
+    "complex weights": tensor("head.weight", lambda old: old.to(torch.complex64)),
+    "mean along an axis that is none": put("graph", 3, "args", value={"tuple": [{"node": "relu"}, {"tuple": [2, 2**63]}]}),
+    "a billion letters": add_node(1, target="mul", args={"tuple": ["x", 10**12]}),
+    "a number that grows": add_node(1, target="mul", args={"tuple": [2**62, 2**62]}),
+    "taken apart a billion times": both(
+        add_node(1, target="unbind", args={"tuple": [{"node": "wide"}]}),
+        add_node(1, name="wide", target="expand", args={"tuple": [{"node": "shift"}, 10**9]}),
+        lambda header, tensors: tensors.update(shift=torch.zeros(1)),
+        add_node(1, name="shift", op="get_attr", target="shift", args={"tuple": []}),
+    ),
+    "an answer without steps": put("graph", -1, "args", value={"tuple": [{"node": "x"}]}),
     "layer with a negative size": put("layers", "conv", "arguments", "dict", "out_channels", value=-4),
     "layer with a size that is text": put("layers", "conv", "arguments", "dict", "out_channels", value="4"),
     "linear of a billion": put("layers", "head", "arguments", "dict", "in_features", value=10**9),
@@ -819,6 +855,11 @@ HOSTILE: dict[str, Change] = {
     "site that is no neuron": put("sites", 0, "name", value="conv"),
     "site with an unknown field": put("sites", 0, "evil", value=1),
     "site without a shape": drop("sites", 0, "shape"),
+    "site whose shape is text": put("sites", 0, "shape", value=["4", "6", "6"]),
+    "site of another shape than its neurons": put("sites", 0, "shape", value=[4, 6, 7]),
+    "site whose function is a number": put("sites", 0, "function", value=3),
+    "site whose ceiling is text": put("sites", 0, "ceiling", value="6"),
+    "site that may encode its input": put("sites", 0, "encodes_input", value=None),
     "sites missing": drop("sites"),
     "sites are text": put("sites", value="relu"),
     "neuron that is no site": put("sites", value=[]),
@@ -828,7 +869,16 @@ HOSTILE: dict[str, Change] = {
     "input shape missing": drop("input_shape"),
     "method is a number": put("method", value=3),
     "method missing": drop("method"),
+    "method without a name": put("method", value={"options": {}}),
+    "method whose name is a list": put("method", "name", value=["qcfs"]),
+    "method whose options are a list": put("method", "options", value=[1]),
+    "refinements are a number": put("method", "refinements", value=3),
+    "refinement that is text": put("method", "refinements", value=["bias_correction"]),
     "provenance is a number": put("provenance", value=3),
+    "provenance with NaN": put("provenance", "note", value=float("nan")),
+    "provenance nested deeply": put("provenance", "note", value=functools.reduce(lambda inner, _: [inner], range(100), 1)),
+    "sizes are text": put("provenance", "sizes", value="all"),
+    "sizes that are no pairs": put("provenance", "sizes", value=[[1, 2, 3]]),
     "provenance missing": drop("provenance"),
     "header is a list": lambda header, tensors: "[]",
     "header is a number": lambda header, tensors: "1",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gzip
+import io
 import pickle
 import urllib.error
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -263,6 +265,25 @@ def test_what_is_no_npz_is_refused(tmp_path: Path) -> None:
     for name in (f"npz:{tmp_path}", "npz:", "npz"):
         with pytest.raises(QuickspikeError, match="npz"):
             load_data(name)
+
+
+@pytest.mark.parametrize("shape", [(2**34,), (40_000, 40_000), (5,)])
+def test_an_array_that_is_only_said_to_be_huge_costs_no_memory(shape: tuple[int, ...], tmp_path: Path) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    np.savez(tmp_path / "a.npz", **{key: value for key, value in arrays().items() if key != "train_images"})
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        archive.writestr("train_images.npy", header.getvalue() + b"\0" * 100)
+    with pytest.raises(DataError, match="train_images says that it is uint8"):
+        load_data(f"npz:{tmp_path / 'a.npz'}")
+
+
+def test_other_arrays_of_an_npz_are_not_even_read(tmp_path: Path) -> None:
+    """They may be of any size and kind."""
+    bomb = np.array([Bomb(tmp_path / "marker")], dtype=object)
+    np.savez(tmp_path / "a.npz", **(arrays() | {"notes": bomb}))
+    assert load_data(f"npz:{tmp_path / 'a.npz'}").size("train") == 6
+    assert not (tmp_path / "marker").exists()
 
 
 def test_a_damaged_npz_is_refused(tmp_path: Path) -> None:

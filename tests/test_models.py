@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import pickle
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +365,30 @@ def test_cut_weights_are_refused(suffix: str, tmp_path: Path) -> None:
         path = write(tmp_path / f"cut{suffix}", whole[:size])
         with pytest.raises(ModelError):
             load_model("digits_cnn", path)
+
+
+def test_a_file_that_says_it_is_long_is_not_given_memory(tmp_path: Path) -> None:
+    """A pickle with a text of 2^31 bytes: an ordinary file that is read takes room for all of them first."""
+    magic = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)
+    (tmp_path / "w.pt").write_bytes(magic + b"\x80\x02X" + (2**31).to_bytes(4, "little") + b"x" * 50)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ModelError, match="weights"):
+            load_model("digits_cnn", tmp_path / "w.pt")
+        assert tracemalloc.get_traced_memory()[1] < 2**27
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("options", ["width=1000000", "classes=100000000", "width=8192"])
+def test_a_network_that_no_machine_holds_is_refused(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(**options: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    if options == "width=8192":
+        monkeypatch.setitem(REGISTERED, "digits_cnn", too_large)
+    with pytest.raises(ModelError, match=options.partition("=")[0]):
+        load_model(f"digits_cnn,{options}")
 
 
 def test_missing_weights_are_refused(tmp_path: Path) -> None:

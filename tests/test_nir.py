@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,15 +18,16 @@ from torch import Tensor, nn
 import quickspike as qs
 from nir_networks import NETWORKS, spiking
 from quickspike.conversion import SpikingNetwork
-from quickspike.errors import CheckpointError, ConversionError, DataError, OptionError, UnknownNameError
+from quickspike.errors import CheckpointError, ConversionError, DataError, OptionError, QuickspikeError, UnknownNameError
 from quickspike.models import load_model
 from quickspike.nir_chains import chained
-from quickspike.nir_export import export_nir, to_nir
+from quickspike.nir_export import digest, export_nir, to_nir
 from quickspike.nir_import import load_nir
 from quickspike.nir_readers import READERS, play, reader_of
 from quickspike.simulation import simulate
 
 nir = pytest.importorskip("nir", reason="needs the package nir")
+h5py = pytest.importorskip("h5py", reason="comes with the package nir")
 
 
 def same(one: SpikingNetwork, other: SpikingNetwork, images: Tensor) -> None:
@@ -389,6 +392,58 @@ def test_metadata_nested_too_deeply_are_refused(tmp_path: Path) -> None:
     nir.write(tmp_path / "a.nir", graph)
     with pytest.raises(CheckpointError, match="its metadata is damaged"):
         load_nir(tmp_path / "a.nir")
+
+
+def altered(tmp_path: Path, change: Any) -> Path:
+    """A file that was changed by h5py and that nothing seals."""
+    export_nir(spiking("chain")[0], tmp_path / "a.nir")
+    with h5py.File(tmp_path / "a.nir", "r+") as file:
+        del file["node/metadata"]
+        change(file)
+    return tmp_path / "a.nir"
+
+
+@pytest.mark.parametrize("how", [{}, {"chunks": (1024,), "compression": "gzip"}])
+def test_arrays_that_are_only_said_to_be_huge_cost_no_memory(how: dict[str, Any], tmp_path: Path) -> None:
+    def change(file: Any) -> None:
+        (name,) = (name for name in file["node/nodes"] if name.endswith("fc1"))
+        del file[f"node/nodes/{name}/bias"]
+        file.create_dataset(f"node/nodes/{name}/bias", (2**27,), "f4", **how)
+
+    path = altered(tmp_path, change)
+    with pytest.raises(CheckpointError, match=r"its arrays would have 5\d* bytes"):
+        load_nir(path, steps=2)
+
+
+@pytest.mark.parametrize("link", [h5py.SoftLink("/node"), h5py.ExternalLink("other.nir", "/node")])
+def test_parts_that_lie_elsewhere_are_refused(link: Any, tmp_path: Path) -> None:
+    path = altered(tmp_path, lambda file: file.__setitem__("node/elsewhere", link))
+    with pytest.raises(CheckpointError, match="elsewhere lies elsewhere"):
+        load_nir(path, steps=2)
+
+
+def test_groups_that_hold_themselves_are_refused(tmp_path: Path) -> None:
+    path = altered(tmp_path, lambda file: file.__setitem__("node/again", file["node"]))
+    with pytest.raises(CheckpointError, match="nested too deeply"):
+        load_nir(path, steps=2)
+
+
+def test_a_file_for_many_steps_is_read_without_simulating_them(tmp_path: Path) -> None:
+    path = altered(tmp_path, lambda file: None)
+    started = time.perf_counter()
+    assert load_nir(path, steps=65536).steps == 65536
+    assert time.perf_counter() - started < 5
+
+
+@pytest.mark.parametrize(("key", "value"), [("reader", "nobody"), ("reader", 3), ("steps", 10**9), ("method", 3), ("provenance", [1])])
+def test_metadata_that_an_attacker_sealed_are_refused_with_the_file(key: str, value: Any, tmp_path: Path) -> None:
+    graph = to_nir(spiking("chain")[0]).graph
+    metadata = json.loads(graph.metadata["quickspike"]) | {key: value}
+    graph.metadata["quickspike"] = json.dumps(metadata | {"sha256": digest(graph, metadata)})
+    nir.write(tmp_path / "a.nir", graph)
+    with pytest.raises(QuickspikeError) as caught:
+        load_nir(tmp_path / "a.nir")
+    assert str(tmp_path / "a.nir") in str(caught.value)
 
 
 def test_provenance_that_json_does_not_hold_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import re
 import subprocess
 import sys
@@ -269,6 +270,18 @@ def test_damaged_and_foreign_files_are_refused(written: tuple[SpikingNetwork, Pa
         check_onnx(path)
     with pytest.raises(CheckpointError, match="cannot read"):
         check_onnx(tmp_path / "missing.onnx")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": "1"}', "[" * 100_000])
+def test_metadata_that_an_attacker_sealed_are_refused(text: str, written: tuple[SpikingNetwork, Path], tmp_path: Path) -> None:
+    model = onnx.load_model_from_string(written[1].read_bytes())
+    for entry in model.metadata_props:
+        entry.value = {"quickspike": text, "quickspike.sha256": "0" * 64}[entry.key]
+    data = model.SerializeToString(deterministic=True)
+    path = tmp_path / "other.onnx"
+    path.write_bytes(data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode()))
+    with pytest.raises(CheckpointError, match=r"other\.onnx: its metadata"):
+        check_onnx(path)
 
 
 def test_what_cannot_be_exported_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

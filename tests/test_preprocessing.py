@@ -17,8 +17,9 @@ from torchvision.transforms.v2 import functional
 import quickspike as qs
 from quickspike import data as data_module
 from quickspike.cli import main
+from quickspike.cli_options import DataOptions
 from quickspike.data import Images, load_data
-from quickspike.errors import DataError, UnknownNameError
+from quickspike.errors import CheckpointError, DataError, UnknownNameError
 from quickspike.models import ModelError, load_model, preprocessing_of
 from quickspike.preprocessing import IMAGENET, Preprocessing
 
@@ -193,3 +194,17 @@ def test_an_old_network_keeps_its_statistics(
     with pytest.raises(SystemExit):
         main(["evaluate", str(tmp_path / "bad.safetensors"), "--data", "digits"])
     assert "the network's own preprocessing is unusable" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sizes", [{"resize": 2**14 + 1}, {"crop": 10**9}])
+def test_pictures_larger_than_memory_are_refused(sizes: dict[str, int]) -> None:
+    with pytest.raises(DataError, match=r"resize and crop must be numbers of pixels in \[0, 16384\]"):
+        Preprocessing((0.5,), (0.5,), **sizes)
+
+
+@pytest.mark.parametrize("place", ["mean", "std"])
+def test_a_saved_mean_that_is_no_number_in_floating_point_is_refused(place: str) -> None:
+    with pytest.raises(CheckpointError, match="preprocessing is unusable"):
+        DataOptions("digits").load({"mean": [0.5], "std": [0.5], place: [10**400]})
+    with pytest.raises(DataError, match="finite"):
+        Preprocessing(**{"mean": (0.5,), "std": (0.5,), place: (10**400,)})

@@ -248,6 +248,19 @@ MISTAKES: dict[str, tuple[str, str, list[str]]] = {
     ),
     "whitening of a trained network": ("learning_rate = 0.001", "learning_rate = 0.001\nwhiten = true", ["whiten", "[source]"]),
     "a source with a teacher": ("learning_rate = 0.05", "learning_rate = 0.05\ndistill = 0.5", ["distill", "[source]"]),
+    "name of data is a number": ('name = "digits"', "name = 4", ["name", "4"]),
+    "name of method is a list": ('name = "qcfs"', 'name = ["qcfs"]', ["name", "'qcfs'"]),
+    "a number that is none in floating point": ("learning_rate = 0.05", f"learning_rate = 1{'0' * 400}", ["learning_rate"]),
+    "a mean that is none in floating point": ("mean = [0.3]", f"mean = [1{'0' * 400}]", ["mean"]),
+    "a number of more digits than are read": ("epochs = 2", f"epochs = 1{'0' * 5000}", ["not a TOML file"]),
+    "nested deeply": ("seeds = [0, 1]", f"seeds = {'[' * 100_000}", ["nested too deeply"]),
+    "pictures larger than memory": ("mean = [0.3]", "resize = 1000000000\nmean = [0.3]", ["resize", "16384"]),
+    "a seed that is too large": ("seeds = [0, 1]", "seeds = [9223372036854775808]", ["seeds"]),
+    "steps that are too many": ("steps = [1, 2]", "steps = [65537]", ["steps", "65536"]),
+    "published accuracy is text": ("accuracy = 77.5", 'accuracy = "high"', ["accuracy", "'high'"]),
+    "published accuracy is no percentage": ("accuracy = 77.5", "accuracy = nan", ["accuracy", "nan"]),
+    "published steps are text": ("[[published]]\nsteps = 2", '[[published]]\nsteps = "2"', ["steps", "'2'"]),
+    "published source is a number": ('source = "arXiv 0000.00000, table 1"', "source = 3", ["source", "3"]),
     "model is a number": ('model = "digits_cnn,width=4"', "model = 4", ["model"]),
 }
 
@@ -268,6 +281,24 @@ def test_a_mistake_is_refused_with_the_name_of_the_file(case: str, write: Callab
     for part in (str(path), *parts):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("table", ["data", "method", "source", "train", "tune", "augmentation", "evaluate", "published"])
+def test_a_table_that_is_none_is_refused_by_its_name(table: str, write: Callable[[str], Path]) -> None:
+    path = write(f"{table} = [3]\n{without(table)}")
+    with pytest.raises(QuickspikeError, match=rf"\[{table}\] must be a table, got ") as caught:
+        read_recipe(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "[" * 100_000, "\0"])
+def test_a_damaged_result_of_an_earlier_run_is_refused(content: str, fabric: Any, tmp_path: Path, write: Callable[[str], Path]) -> None:
+    file = tmp_path / "out" / "seed0" / "run.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    with pytest.raises(RecipeError, match=r"is damaged.*remove it, or run without --resume") as caught:
+        run_recipe(read_recipe(write(TEXT)), Place(out=tmp_path / "out", fabric=fabric, resume=True))
+    assert str(file) in str(caught.value)
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

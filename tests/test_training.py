@@ -999,6 +999,17 @@ def test_a_checkpoint_of_another_network_is_refused(stopped: Path, trainer: Call
     refused(trainer(**settings), mlp(), stopped, "network")
 
 
+@pytest.mark.parametrize("key", ["settings", "rows", "module", "optimiser"])
+@pytest.mark.parametrize("value", [3, "x", [3], {3: 4}, {(1, 2): torch.zeros(1)}, None])
+def test_a_checkpoint_that_holds_something_else_is_refused(key: str, value: Any, stopped: Path, trainer: Callable[..., Trainer]) -> None:
+    whole = stopped.read_bytes()
+    torch.save(torch.load(stopped, weights_only=True) | {key: value}, stopped)
+    with pytest.raises(CheckpointError, match="remove it") as caught:
+        trainer(epochs=3, folder=stopped.parent, augmentation=AUGMENTED, resume=True)(cnn(), "source")
+    assert str(stopped) in str(caught.value)
+    stopped.write_bytes(whole)
+
+
 def test_a_checkpoint_of_another_choice_of_parameters_is_refused(stopped: Path, trainer: Callable[..., Trainer]) -> None:
     """The momenta of other parameters would be taken for theirs."""
     network = cnn()

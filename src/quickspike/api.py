@@ -19,6 +19,7 @@ from quickspike.method import Method, create
 from quickspike.neuron import Surrogate
 from quickspike.options import check_names
 from quickspike.piecewise import PIECES
+from quickspike.plausibility import warn_of_statistics
 from quickspike.provenance import versions
 from quickspike.training import History, Train, Trainer, parameter_groups
 from quickspike.tuning import Tuning
@@ -139,6 +140,7 @@ def fit(
     _not_whitened(trainer)
     if trainer is not None:
         trainer = _taught(trainer, model)
+    warn_of_statistics(model, images.first)
     traced = trace(
         method.source(model),
         images.example,

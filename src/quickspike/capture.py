@@ -140,6 +140,10 @@ class _Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
 
+COLOURS = 4
+"""Channels that a picture has at most."""
+
+
 def check_batch(images: Any, what: str) -> None:
     """Raise DataError unless `images` is a non-empty, finite floating-point tensor `[B, ...]`."""
     if not isinstance(images, Tensor):
@@ -153,13 +157,27 @@ def check_batch(images: Any, what: str) -> None:
         raise DataError(f"{what} holds {bad} value(s) that are NaN or infinite; clean the data first")
 
 
+def axes_hint(images: Tensor, wanted: Sequence[int]) -> str:
+    """A word where images `[B, H, W, C]` are given to a network for `[B, C, H, W]`; "" elsewhere.
+
+    Args:
+        images: that do not fit.
+        wanted: the shape of one sample; of what is only known to be wrong, ().
+    """
+    shape = tuple(images.shape[1:])
+    turned = len(shape) == 3 and shape[2] < min(shape[:2]) and shape[2] <= COLOURS
+    if turned and (not wanted or (len(wanted) == 3 and shape[2] == wanted[0])):
+        return "; are these [B, H, W, C]? Then give images.permute(0, 3, 1, 2)"
+    return ""
+
+
 def _run_source(private: nn.Module, example: Tensor, name: str) -> Outputs:
     try:
         with torch.no_grad():
             expected = private(example)
     except Exception as error:
         shape = list(example.shape)
-        raise DataError(f"{name} cannot run on an input of shape {shape}: {_first_line(error)}") from error
+        raise DataError(f"{name} cannot run on an input of shape {shape}: {_first_line(error)}{axes_hint(example, ())}") from error
     found = places(expected)
     way_out = "wrap it so that it returns tensors [B, ...], alone or in tuples, lists and dicts"
     for place, one in found.items():

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quickspike.conversion import SpikingNetwork
+from quickspike.dry_run import check_runs
 from quickspike.errors import CheckpointError
 from quickspike.files import write_bytes
 from quickspike.graph import Site
@@ -39,6 +40,8 @@ _PATH = re.compile(r"(?!__)\w[\w \-]*(?:\.(?!__)\w[\w \-]*)*\Z")
 _LAYER_ARGUMENTS = LAYERS | MAX_POOLS | ANALOG_LAYERS
 _LAYER_TYPES = {cls.__name__: cls for cls in _LAYER_ARGUMENTS}
 _PLAIN_TIMED = {cls.__name__: cls for cls in (Repeat, RunningMean, Increment)}
+DEEPEST = 64
+"""Levels of a header; Python would run out of its own further down."""
 _NEURON_TENSORS = ("threshold", "initial", "leak", "amplitude")
 
 # Saving
@@ -197,7 +200,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            # Copies: what safetensors gives is the file itself, mapped; whoever wrote to it later would change the network.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except OSError as error:
@@ -210,7 +214,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if "quickspike" not in metadata:
         raise CheckpointError(f"{path}: a safetensors file, but not one that quickspike saved (weights of a source network?)")
     try:
-        header = json.loads(metadata["quickspike"])
+        header = json.loads(metadata["quickspike"], parse_constant=_no_number)
+        check_depth(header)
     except RecursionError:
         raise CheckpointError(f"{path}: the header is nested too deeply") from None
     except ValueError as error:
@@ -223,6 +228,18 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if metadata.get("sha256") != _digest(metadata["quickspike"], tensors):
         raise CheckpointError(f"{path}: the checksum does not match; the file was damaged or altered since it was saved")
     return header, tensors
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
+
+
+def check_depth(data: Any, left: int = DEEPEST) -> None:
+    """Raise RecursionError before Python does, which would do so wherever the header is read later."""
+    if not left:
+        raise RecursionError
+    for value in data.values() if isinstance(data, dict) else data if isinstance(data, list) else ():
+        check_depth(value, left - 1)
 
 
 def _build(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SpikingNetwork:
@@ -243,7 +260,30 @@ def _build(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SpikingN
     input_shape = tuple(header["input_shape"])
     if not input_shape or any(type(size) is not int or size < 1 for size in input_shape):
         raise CheckpointError(f"the input shape must be sizes >= 1, got {list(input_shape)}")
-    return SpikingNetwork(network, sites, steps, input_shape, header["method"], header["provenance"]).eval()
+    check_described(header["method"], header["provenance"])
+    snn = SpikingNetwork(network, sites, steps, input_shape, header["method"], header["provenance"]).eval()
+    check_runs(snn)
+    return snn
+
+
+def check_described(method: Any, provenance: Any) -> None:
+    """Method and provenance in the form in which everything reads them; what they say may be unknown here."""
+    refinements = method.get("refinements", []) if isinstance(method, dict) else None
+    if not isinstance(refinements, list) or not all(map(_has_options, (method, *refinements))):
+        raise CheckpointError(f"the method must have a name, options and refinements of the same form, got {method!r}"[:300])
+    if not isinstance(provenance, dict):
+        raise CheckpointError(f"the provenance must be entries with names, got {provenance!r}"[:300])
+    sizes = provenance.get("sizes", [])
+    if not isinstance(sizes, list) or not all(isinstance(one, list) and len(one) == 2 and all(map(_is_bound, one)) for one in sizes):
+        raise CheckpointError(f"sizes must be pairs of bounds, got {sizes!r}"[:300])
+
+
+def _has_options(one: Any) -> bool:
+    return isinstance(one, dict) and isinstance(one.get("name"), str) and isinstance(one.get("options", {}), dict)
+
+
+def _is_bound(value: Any) -> bool:
+    return value is None or type(value) is int
 
 
 def _check_neurons(network: nn.Module, sites: tuple[Site, ...]) -> None:
@@ -259,7 +299,13 @@ def _check_neurons(network: nn.Module, sites: tuple[Site, ...]) -> None:
 
 
 def _site(data: Mapping[str, Any]) -> Site:
-    return Site(**{**data, "shape": tuple(data["shape"])})
+    site = Site(**{**data, "shape": tuple(data["shape"])})
+    texts = all(isinstance(text, str) for text in (site.name, site.function, site.source))
+    ceiling = site.ceiling is None or type(site.ceiling) in (int, float)
+    sizes = bool(site.shape) and all(type(size) is int and size > 0 for size in site.shape)
+    if not (texts and ceiling and sizes and isinstance(site.encodes_input, bool)):
+        raise CheckpointError(f"malformed site {site}"[:300])
+    return site
 
 
 def _place(root: nn.Module, path: str, thing: nn.Module | Tensor) -> None:

@@ -103,7 +103,7 @@ def _saved_preprocessing(saved: Any) -> Any:
         return None
     try:
         return Preprocessing.from_json(saved)
-    except (DataError, KeyError, TypeError, ValueError) as error:
+    except (DataError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"the network's own preprocessing is unusable ({saved!r}); give --mean and --std") from error
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from quickspike.capture import check_sizes, free_name
+from quickspike.capture import axes_hint, check_sizes, free_name
 from quickspike.errors import ConversionError, DataError, OptionError
 from quickspike.graph import Site, Traced, fold, swap
 from quickspike.memory import out_of_memory
@@ -247,7 +247,10 @@ class SpikingNetwork(nn.Module):
         expected = ("B", *self.input_shape)
         if images.ndim != len(expected) or images.shape[1] != self.input_shape[0] or images.shape[0] == 0:
             fits = ", ".join(map(str, expected))
-            raise DataError(f"this network takes images of shape [{fits}], got {list(images.shape)}")
+            hint = axes_hint(images, self.input_shape)
+            raise DataError(f"this network takes images of shape [{fits}], got {list(images.shape)}{hint}")
+        if not images.is_floating_point():
+            raise DataError(f"images must be floating point, got {images.dtype}; scale and normalise them as in training")
         check_sizes(images, self.provenance.get("sizes", ()))
 
     @contextlib.contextmanager

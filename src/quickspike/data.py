@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
+import math
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +20,11 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSample
 from quickspike.capture import check_batch
 from quickspike.errors import DataError, UnknownNameError
 from quickspike.memory import out_of_memory
+from quickspike.plausibility import warn_of_pixels
 from quickspike.preprocessing import PREPROCESSING, Preprocessing
 from quickspike.wrapped import Wrapped
+
+logger = logging.getLogger(__name__)
 
 IMAGE_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x", "data")
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
@@ -151,6 +157,7 @@ class ImageStream:
             raise DataError("the calibration data is empty; give at least one batch of images")
         self.first = first
         check_batch(self.first, "calibration batch 1")
+        warn_of_pixels(self.first, "the calibration images")
         if _is_one_shot(source):
             self._one_shot = itertools.chain([self.first], iterator)
 
@@ -252,7 +259,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         if pixels.ndim == 3:
             pixels = pixels[..., None]
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3):
-            shape = f"{pixels.dtype} {list(pixels.shape)}"
+            shape = f"{pixels.dtype} {list(pixels.shape)}{_pixel_hint(pixels)}"
             raise DataError(f"{where}: images must be uint8 [N, H, W] or [N, H, W, C] with C = 1 or 3, got {shape}")
         if labels.ndim != 1 or len(labels) != len(pixels) or labels.dtype.kind not in "iu":
             raise DataError(f"{where}: labels must be {len(pixels)} whole numbers, got {labels.dtype} {list(labels.shape)}")
@@ -286,6 +293,15 @@ class Images(Dataset[tuple[Tensor, int]]):
         return list(zip(images, self.labels[indices].tolist(), strict=True))
 
 
+def _pixel_hint(pixels: np.ndarray) -> str:
+    """The way out of a usual mistake; "" for others."""
+    if pixels.ndim == 4 and pixels.shape[1] in (1, 3) and pixels.shape[3] not in (1, 3):
+        return "; channels come last, give images.transpose(0, 2, 3, 1)"
+    if pixels.dtype.kind == "f":
+        return "; give the pixels themselves, 0 to 255, and say with mean and std how they are normalised"
+    return ""
+
+
 @dataclass(frozen=True)
 class DataSet:
     """Training and test images of one named set."""
@@ -317,7 +333,9 @@ class DataSet:
             size = self.size(split)
             if not 1 <= limit <= size:
                 raise DataError(f"{self.name}: asked for {limit} {split} images, it holds {size}")
-            images = Subset(images, range(size - limit, size) if last else range(limit))
+            part = slice(size - limit, size) if last else slice(limit)
+            _warn_of_one_class(images, part, f"{self.name}: the {'last' if last else 'first'} {limit} {split} images")
+            images = Subset(images, range(size)[part])
         return DataLoader(images, batch_size=batch_size, num_workers=self.workers)
 
     def without_last(self, images: int) -> DataSet:
@@ -331,6 +349,20 @@ class DataSet:
             raise DataError(f"{self.name}: {images} of {left + images} training images held out leave none to train on")
         train = self.train.first(left) if isinstance(self.train, Images) else Subset(self.train, range(left))
         return replace(self, train=train)
+
+
+def _warn_of_one_class(images: Dataset[Any], part: slice, what: str) -> None:
+    """Ceilings and margins would be those of one class; sets that were sorted by class begin with it."""
+    if isinstance(images, Images) and (label := only_class(images.labels[part])) is not None:
+        logger.warning("%s are all of class %d; if the set is sorted by class, shuffle it once before it is saved", what, label)
+
+
+def only_class(labels: Tensor) -> int | None:
+    """The one class that several labels name; None for several classes, or a single label."""
+    if labels.numel() < 2:
+        return None
+    low, high = torch.stack(labels.aminmax()).tolist()
+    return int(low) if low == high else None
 
 
 def load_data(
@@ -381,13 +413,17 @@ def _digits(preprocessing: Preprocessing) -> DataSet:
 def _npz(path: Path, preprocessing: Preprocessing) -> DataSet:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
+            wanted = [key for key in archive.files if key in (*NPZ_KEYS, "class_names")]
+            for key in wanted:
+                _check_declared(archive.zip, key)
+            arrays = {key: archive[key] for key in wanted}
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise DataError(f"{path}: not a readable npz file ({str(error).splitlines()[0]})") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path}: not a readable npz file ({reason})") from error
     missing = [key for key in NPZ_KEYS if key not in arrays]
     if missing:
         raise DataError(f"{path}: lacks {', '.join(missing)}; needs {', '.join(NPZ_KEYS)} and, if wanted, class_names")
@@ -399,6 +435,26 @@ def _npz(path: Path, preprocessing: Preprocessing) -> DataSet:
     if names and int(max(train.labels.max(), test.labels.max())) >= len(names):
         raise DataError(f"{path}: {len(names)} class_names, but a label of {int(max(train.labels.max(), test.labels.max()))}")
     return DataSet(f"npz:{path}", train, test, preprocessing, names)
+
+
+def _check_declared(archive: zipfile.ZipFile, key: str) -> None:
+    """Raise ValueError if an array is not as large as it says: numpy allocates what is said before it reads.
+
+    An entry of an archive cannot grow by more than deflate can pack, so that what is read stays in proportion to the file.
+    """
+    entry = archive.getinfo(f"{key}.npy" if f"{key}.npy" in archive.NameToInfo else key)
+    if entry.file_size > PACKED * (entry.compress_size + 1):
+        raise ValueError(f"{key} says that it grows from {entry.compress_size} to {entry.file_size} bytes")
+    with archive.open(entry) as stream:
+        version = np.lib.format.read_magic(stream)
+        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, kind = reader(stream)
+        if not kind.hasobject and math.prod(shape) * kind.itemsize != entry.file_size - stream.tell():
+            raise ValueError(f"{key} says that it is {kind} {list(shape)}, which is not what it holds")
+
+
+PACKED = 1100
+"""Times that deflate packs zeros, and some more."""
 
 
 def _torchvision(kind: str, data_dir: str | Path | None, preprocessing: Preprocessing, download: bool) -> DataSet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from quickspike.conversion import SpikingNetwork
 from quickspike.data import Batches, share_of
 from quickspike.errors import DataError, OptionError
 from quickspike.memory import in_bytes, keep_freed_memory, out_of_memory
+from quickspike.plausibility import warn_of_pixels
 from quickspike.processor import warn_of_slow
 from quickspike.provenance import machine, versions
 from quickspike.simulation import simulate
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
     from quickspike.engines import Engine
     from quickspike.engines import Precision as EnginePrecision
+
+logger = logging.getLogger(__name__)
 
 SMALLEST = 1e-30
 """Squares are at least so large when something is divided by them."""
@@ -188,6 +192,8 @@ def evaluate(
     with torch.inference_mode(), contextlib.nullcontext() if single else fabric.autocast(), together(fabric):
         for number, images, labels in share_of(data, fabric.global_rank, fabric.world_size):
             check_labels(images, labels, number, needed=source is None)
+            if number == 1:
+                warn_of_pixels(images, "the evaluation images")
             if missing:
                 some.append(images[:missing])
                 missing -= len(some[-1])
@@ -204,6 +210,9 @@ def evaluate(
         "versions": versions(),
         "machine": machine(),
     }
+    if fabric.world_size == 1 and tally.samples > 1 and len(tally.classes) == 1:
+        found = (tally.samples, *tally.classes)
+        logger.warning("all %d evaluation images are of class %d; accuracy on one class says little, so mix the classes", *found)
     report = tally.report(snn, time.perf_counter() - started, settings)
     if not some:
         return report
@@ -293,6 +302,8 @@ class _Tally:
         self.network, steps = networks[-1][0], tuple(step for _, own in networks for step in own)
         self.steps = steps
         self.samples, self.labels = 0, 0
+        self.classes: set[int] = set()
+        """That labels of this process named, until there are two."""
         self.right = torch.zeros(len(steps), dtype=torch.int64)
         self.agree = torch.zeros(len(steps), dtype=torch.int64)
         self.reference_right = 0
@@ -330,6 +341,8 @@ class _Tally:
         if bool((labels < 0).any()) or bool((labels >= classes).any()):
             found = f"{int(labels.min())}..{int(labels.max())}"
             raise DataError(f"evaluation batch {number}: labels {found} do not fit a network with {classes} classes (0..{classes - 1})")
+        if len(self.classes) < 2:
+            self.classes |= {int(labels.min()), int(labels.max())}
         chosen = logits.argmax(2)
         self.right += (chosen == labels).flatten(1).sum(1).cpu()
         self.labels += labels.numel()

@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import inspect
 import math
+import mmap
 import pickle
 import sys
 import typing
@@ -151,6 +152,8 @@ def _registered(name: str, pairs: list[str]) -> nn.Module:
         return REGISTERED[name](**options)
     except OptionError as error:
         raise ModelError(str(error)) from error
+    except RuntimeError as error:
+        raise ModelError(f"{name}: a network with {', '.join(pairs)} is too large ({str(error).splitlines()[0][:200]})") from error
 
 
 def _value(text: str, kind: Any) -> Any:
@@ -260,9 +263,7 @@ def _read_state(path: Path) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return dict(load_file(path))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle protocol; whether the file can be read is all that counts
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_plain(path)
     except pickle.UnpicklingError as error:
         # torch's own message recommends to switch the protection off.
         raise ModelError(f"{path}: not a file of weights that can be read without running code; save model.state_dict()") from error
@@ -274,6 +275,14 @@ def _read_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, Mapping):
         raise ModelError(f"{path}: holds a {type(state).__name__}; save model.state_dict()")
     return dict(state)
+
+
+def read_plain(path: Path, device: str | torch.device = "cpu") -> Any:
+    """Tensors and plain data that torch.save wrote; no code of the file is ever run. Errors are whatever torch raises."""
+    with warnings.catch_warnings(), path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        warnings.simplefilter("ignore")  # about the pickle protocol; whether the file can be read is all that counts
+        # Mapped, because an ordinary file that is asked for more than it has allocates that much first.
+        return torch.load(mapped, map_location=device, weights_only=True)  # type: ignore[arg-type]  # it reads and seeks like a file
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:

@@ -45,9 +45,9 @@ class Options:
 
     name: str = ""
     """Of the row, for messages."""
-    width: int = option(64, "channels of the first convolution; all hidden sizes scale with it", low=1)
-    classes: int = option(10, "number of classes", low=1)
-    channels: int = option(3, "channels of an image", low=1)
+    width: int = option(64, "channels of the first convolution; all hidden sizes scale with it", low=1, high=2**13)
+    classes: int = option(10, "number of classes", low=1, high=2**20)
+    channels: int = option(3, "channels of an image", low=1, high=2**16)
     pool: Pool = option("average", "kind of the 2 x 2 poolings; a global pooling is an average in any case")
     batch_norm: bool = option(True, "batch norm with every convolution")
     bias: Literal[None, True, False] = option(None, "bias in every convolution and linear layer; None: in those of the paper")

@@ -19,14 +19,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
+from quickspike.checkpoint import DEEPEST, check_depth, check_described
 from quickspike.conversion import SpikingNetwork
+from quickspike.dry_run import check_runs
 from quickspike.errors import CheckpointError, ConversionError, OptionError
 from quickspike.graph import Site
 from quickspike.neuron import MAX_STEPS, Neuron, NeuronParameters, Repeat
 from quickspike.nir_export import FORMAT, KEY, digest, need_nir
-from quickspike.nir_readers import READERS, dynamics, in_order, pair, reader_of, tensor
+from quickspike.nir_readers import READERS, Reader, dynamics, in_order, pair, reader_of, tensor
 from quickspike.operators import Affine
 
 logger = logging.getLogger(__name__)
@@ -57,21 +58,21 @@ def load_nir(path: str | Path, steps: int | None = None, reader: str = "nir") ->
     """
     graph = _read(Path(path))
     metadata = _metadata(graph, path)
+    reader = metadata.get("reader", reader)
+    if metadata and not (isinstance(reader, str) and reader in READERS):
+        raise CheckpointError(f"{path}: its metadata names the reader {reader!r}, which is not known here; upgrade quickspike"[:300])
+    rules = reader_of(reader)
     steps = metadata.get("steps") if steps is None else steps
     if steps is None:
         raise OptionError(f"{path} does not say for how many steps it was made; name steps=")
     if type(steps) is not int or not 1 <= steps <= MAX_STEPS:
-        raise OptionError(f"steps must be a whole number in [1, {MAX_STEPS}], got {steps!r}")
-    if not metadata:
-        rules = reader_of(reader)
-        if rules.several or rules.lowest is not None:
-            logger.warning(
-                "%s: neurons fire once in a step at most here, and have no lowest potential; %s has them otherwise", path, reader
-            )
+        raise OptionError(f"{path}: steps must be a whole number in [1, {MAX_STEPS}], got {steps!r}"[:300])
+    if not metadata and (rules.several or rules.lowest is not None):
+        logger.warning("%s: neurons fire once in a step at most here, and have no lowest potential; %s has them otherwise", path, reader)
     try:
-        return _Builder(graph, metadata, steps, metadata.get("reader", reader)).run()
-    except (ConversionError, OptionError, CheckpointError):
-        raise
+        return _Builder(graph, metadata, steps, rules).run()
+    except (ConversionError, CheckpointError) as error:
+        raise type(error)(f"{path}: {error}") from error
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(f"{path}: its graph does not describe a network ({type(error).__name__}: {reason})") from error
@@ -81,12 +82,45 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
-        return need_nir().read(path)
+        nir = need_nir()
+        _check_declared(path)
+        return nir.read(path)
     except OptionError:
         raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: truncated, altered, or no NIR file ({reason})") from error
+
+
+PACKED = 1100
+"""Times that gzip packs zeros, and some more."""
+
+
+def _check_declared(path: Path) -> None:
+    """Raise ValueError if arrays are larger than the file can hold, which are allocated before they are read, or lie elsewhere."""
+    import h5py
+
+    declared = 0
+
+    def look(group: Any, depth: int) -> None:
+        nonlocal declared
+        if depth > DEEPEST:
+            raise ValueError("groups are nested too deeply")
+        for name in group:
+            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                raise ValueError(f"{name} lies elsewhere")
+            found = group[name]
+            if isinstance(found, h5py.Group):
+                look(found, depth + 1)
+            elif found.is_virtual or found.external:
+                raise ValueError(f"{name} lies elsewhere")
+            else:
+                declared += found.size * found.dtype.itemsize if found.size else 0
+
+    with h5py.File(path, "r") as file:
+        look(file, 0)
+    if declared > PACKED * path.stat().st_size:
+        raise ValueError(f"its arrays would have {declared} bytes")
 
 
 def _metadata(graph: Any, path: str | Path) -> dict[str, Any]:
@@ -100,6 +134,7 @@ def _metadata(graph: Any, path: str | Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(text.decode() if isinstance(text, bytes) else str(text))
+        check_depth(found)
         version = found["format"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its metadata is damaged ({error}); export the network again") from error
@@ -115,8 +150,8 @@ def _metadata(graph: Any, path: str | Path) -> dict[str, Any]:
 class _Builder:
     """The graph as one of layers, in the order of computation."""
 
-    def __init__(self, graph: Any, metadata: Mapping[str, Any], steps: int, reader: str) -> None:
-        self.graph, self.metadata, self.steps, self.rules = graph, metadata, steps, READERS[reader]
+    def __init__(self, graph: Any, metadata: Mapping[str, Any], steps: int, rules: Reader) -> None:
+        self.graph, self.metadata, self.steps, self.rules = graph, metadata, steps, rules
         self.sites = {site["node"]: site for site in metadata.get("sites", ())}
         self.root, self.out = nn.Module(), fx.Graph()
         self.timed = set[fx.Node]()
@@ -147,10 +182,11 @@ class _Builder:
         module = fx.GraphModule(self.root, self.out)
         self.out.lint()
         provenance = dict(self.metadata.get("provenance", {})) | {"nir": {"reader": self.rules.name}}
-        network = SpikingNetwork(module, tuple(self.made), self.steps, shape, self.metadata.get("method", {"name": "nir"}), provenance)
-        with torch.no_grad():
-            ShapeProp(module).propagate(torch.zeros(1, *shape))
-        return network.eval()
+        method = self.metadata.get("method", {"name": "nir"})
+        check_described(method, provenance)
+        network = SpikingNetwork(module, tuple(self.made), self.steps, shape, method, provenance).eval()
+        check_runs(network)
+        return network
 
     def _added(self, parents: list[fx.Node]) -> fx.Node | None:
         if not parents:
@@ -233,6 +269,8 @@ def _for_all(values: Any, known: Sequence[int], site: Site, rest: float) -> Tens
     """A number, one per channel or one per neuron, for a site that may have more channels, which hand spikes on."""
     found = torch.tensor(values, dtype=torch.float32)
     own, more = known[0], site.channels - known[0]
+    if type(own) is not int or not 0 < own <= site.channels:
+        raise CheckpointError(f"{site.name}: {known} neurons do not fit into {list(site.shape)}"[:300])
     if found.ndim and len(found) != own:
         found = found.reshape(own, *site.shape[1:])
     if not more:

@@ -143,9 +143,15 @@ def check_onnx(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no ONNX file that quickspike wrote, or its end is missing; export the network again")
     if hashlib.sha256(data.replace(seals[0], _NO_DIGEST.encode())).hexdigest().encode() != seals[0]:
         raise CheckpointError(f"{path} was altered or damaged: its checksum does not fit; export the network again")
-    entries = {entry.key: entry.value for entry in onnx.load_model_from_string(data).metadata_props}
-    description = cast(dict[str, Any], json.loads(entries["quickspike"]))
-    if description["format"] > FORMAT:
+    try:
+        entries = {entry.key: entry.value for entry in onnx.load_model_from_string(data).metadata_props}
+        description = cast(dict[str, Any], json.loads(entries["quickspike"]))
+        version = description["format"]
+    except Exception as error:
+        raise CheckpointError(f"{path}: its metadata is damaged ({error}); export the network again") from error
+    if type(version) is not int:
+        raise CheckpointError(f"{path}: its metadata names no format version; export the network again")
+    if version > FORMAT:
         raise CheckpointError(f"{path} was written by a newer quickspike ({description['quickspike']}); update this one")
     return description
 

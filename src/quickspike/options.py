@@ -127,6 +127,14 @@ def named(text: str, get: Callable[[str], T]) -> tuple[T, dict[str, Any]]:
     return owner, options
 
 
+def is_finite(value: float) -> bool:
+    """Whether a number is one in floating point, too: math.isfinite raises an error for whole numbers that are larger."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def _broken_rule(value: Any, kind: Any, declared: Option) -> str:
     if typing.get_origin(kind) is typing.Literal:
         choices = typing.get_args(kind)
@@ -137,7 +145,7 @@ def _broken_rule(value: Any, kind: Any, declared: Option) -> str:
         return "" if isinstance(value, bool) else "True or False"
     if kind is int and (not isinstance(value, int) or isinstance(value, bool)):
         return "a whole number"
-    if kind is float and (not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value)):
+    if kind is float and (not isinstance(value, (int, float)) or isinstance(value, bool) or not is_finite(value)):
         return "a finite number"
     if kind in (int, float):
         low, high = declared.low, declared.high

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -12,10 +11,13 @@ import torch
 from torch import Tensor
 
 from quickspike.errors import DataError
+from quickspike.options import is_finite
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 PART = 2**28
 """Values of the pictures that are resized at a time."""
+MOST_PIXELS = 2**14
+"""Along a side; a file that asks for more wants memory, not accuracy."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,10 @@ class Preprocessing:
     """Blue first."""
 
     def __post_init__(self) -> None:
-        if not all(map(math.isfinite, (*self.mean, *self.std))) or not all(value > 0 for value in self.std):
+        if not all(map(is_finite, (*self.mean, *self.std))) or not all(value > 0 for value in self.std):
             raise DataError(f"mean and std must be finite and std > 0, got mean={self.mean}, std={self.std}")
-        if any(type(size) is not int or size < 0 for size in (self.resize, self.crop)):
-            raise DataError(f"resize and crop must be numbers of pixels >= 0, got {self.resize!r} and {self.crop!r}")
+        if any(type(size) is not int or not 0 <= size <= MOST_PIXELS for size in (self.resize, self.crop)):
+            raise DataError(f"resize and crop must be numbers of pixels in [0, {MOST_PIXELS}], got {self.resize!r} and {self.crop!r}")
         if self.resize and self.crop > self.resize:
             raise DataError(f"crop={self.crop} is more than resize={self.resize} leaves")
         if type(self.bgr) is not bool:
@@ -52,7 +54,7 @@ class Preprocessing:
         """What `dataclasses.asdict` gave.
 
         Raises:
-            DataError, KeyError, TypeError, ValueError: it is something else.
+            DataError, KeyError, TypeError, ValueError, OverflowError: it is something else.
         """
         known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
         return cls(**{**known, "mean": tuple(map(float, data["mean"])), "std": tuple(map(float, data["std"]))})

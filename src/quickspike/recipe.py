@@ -28,6 +28,7 @@ from quickspike.files import check_writable, write_text
 from quickspike.graph import Traced, trace
 from quickspike.method import Method, create
 from quickspike.models import is_pretrained, load_model, preprocessing_of, save_weights
+from quickspike.neuron import MAX_STEPS
 from quickspike.options import options_of
 from quickspike.preprocessing import PREPROCESSING, Preprocessing
 from quickspike.provenance import commit, digest, machine, versions
@@ -61,6 +62,18 @@ class Published:
     network: str
     stage: str = "converted"
     ann: float | None = None
+
+    def __post_init__(self) -> None:
+        # 0: a figure of the source network alone.
+        if type(self.steps) is not int or not 0 <= self.steps <= MAX_STEPS:
+            raise OptionError(f"recipe: steps in [[published]] must be a whole number in [0, {MAX_STEPS}], got {self.steps!r}"[:300])
+        for name in ("accuracy", "ann"):
+            value = getattr(self, name)
+            if value is not None and (type(value) not in (int, float) or not 0 <= value <= 100):
+                raise OptionError(f"recipe: {name} in [[published]] must be a percentage, got {value!r}")
+        for name in ("source", "evidence", "network", "stage"):
+            if not isinstance(getattr(self, name), str):
+                raise OptionError(f"recipe: {name} in [[published]] must be a text, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +113,10 @@ class Recipe:
     """The file itself."""
 
     def __post_init__(self) -> None:
-        for name, values, low in (("seeds", self.seeds, 0), ("steps", self.steps, 1), ("calibration", (self.calibration,), 1)):
-            if not values or any(type(value) is not int or value < low for value in values) or len(set(values)) < len(values):
-                raise OptionError(f"recipe: {name} must be whole numbers >= {low}, each once, got {list(values)!r}")
+        ranges = (("seeds", self.seeds, 0, 2**31 - 1), ("steps", self.steps, 1, MAX_STEPS), ("calibration", (self.calibration,), 1, 2**31))
+        for name, values, low, high in ranges:
+            if not values or any(type(value) is not int or not low <= value <= high for value in values) or len(set(values)) < len(values):
+                raise OptionError(f"recipe: {name} must be whole numbers in [{low}, {high}], each once, got {list(values)!r}"[:300])
         for name, settings in (("train", self.train), ("tune", self.tune)):
             if settings is not None and settings.whiten:
                 raise OptionError(f"recipe: whiten belongs to [source], not to [{name}]: it would undo the first convolution")
@@ -131,7 +145,10 @@ def read_recipe(path: str | Path) -> Recipe:
         tables = tomllib.loads(text)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise RecipeError(f"{path}: nested too deeply") from None
+    except ValueError as error:
+        # No TOML, no UTF-8, or a number of more digits than Python reads.
         raise RecipeError(f"{path}: not a TOML file ({error})") from error
     try:
         return _recipe(tables, text)
@@ -154,15 +171,18 @@ TABLES = (
 
 def _recipe(tables: Mapping[str, Any], text: str) -> Recipe:
     _only(tables, TABLES, "table")
-    data, method, measure = dict(tables["data"]), dict(tables["method"]), dict(tables.get("evaluate", {}))
+    data, method, measure = (_table(name, found) for name, found in _needed(tables))
     refined = method.pop("refinements", ())
     _only(data, ("name", "calibration", *PREPARED), "key of [data]")
     _only(measure, ("steps", "synchronous", "signed"), "key of [evaluate]")
-    tuning = dict(tables["tune"]) if "tune" in tables else None
+    tuning = _table("tune", tables["tune"]) if "tune" in tables else None
     learned = {name: tuning.pop(name) for name in options_of(Tuning) if tuning and name in tuning}
     given = {name: data[name] for name in PREPARED if name in data}
     if "mean" in given or "std" in given:
         given |= {"mean": tuple(data["mean"]), "std": tuple(data["std"])}
+    for name, owner in (("name", data), ("name", method), ("model", tables), ("weights", tables)):
+        if not isinstance(owner.get(name, ""), str):
+            raise OptionError(f"recipe: {name} must be a text, got {owner[name]!r}")
     weights = tables.get("weights")
     # What the file leaves open is as pretrained weights ask for it.
     asked = preprocessing_of(str(tables["model"])) if weights is not None and is_pretrained(weights) else None
@@ -181,14 +201,31 @@ def _recipe(tables: Mapping[str, Any], text: str) -> Recipe:
         steps=tuple(measure.get("steps", (1, 2, 4, 8))),
         synchronous=measure.get("synchronous", False),
         signed=measure.get("signed", False),
-        source=_settings(Training, tables.get("source")),
-        train=_settings(Training, tables.get("train")),
+        source=_settings(Training, _table("source", tables.get("source"))),
+        train=_settings(Training, _table("train", tables.get("train"))),
         tune=_settings(Training, tuning),
         tuning=_settings(Tuning, learned) or Tuning(),
-        augmentation=_settings(Augmentation, tables.get("augmentation")) or Augmentation(),
-        published=tuple(Published(**figure) for figure in tables.get("published", ())),
+        augmentation=_settings(Augmentation, _table("augmentation", tables.get("augmentation"))) or Augmentation(),
+        published=tuple(Published(**_table("published", figure)) for figure in tables.get("published", ())),
         text=text,
     )
+
+
+def _needed(tables: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield "data", tables["data"]
+    yield "method", tables["method"]
+    yield "evaluate", tables.get("evaluate", {})
+
+
+def _table(name: str, found: Any) -> Any:
+    """A copy of a table; None for none.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    if found is not None and not isinstance(found, dict):
+        raise OptionError(f"recipe: [{name}] must be a table, got {found!r}"[:300])
+    return found and dict(found)
 
 
 def _settings(kind: type, table: Mapping[str, Any] | None) -> Any:
@@ -286,6 +323,23 @@ def run_recipe(recipe: Recipe, place: Place) -> dict[str, Any]:
     return result
 
 
+def _json_of(path: Path, kind: type) -> Any:
+    """What an earlier run left: JSON of that kind.
+
+    Raises:
+        RecipeError: it is damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{path} is damaged ({error}); remove it, or run without --resume") from error
+    if not isinstance(found, kind):
+        raise RecipeError(f"{path} is damaged; remove it, or run without --resume")
+    return found
+
+
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over the seeds of every accuracy."""
 
@@ -325,23 +379,6 @@ def _digest_of(described: Any) -> str:
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12]
 
 
-def _result_in(path: Path) -> dict[str, Any]:
-    """What a finished seed gave.
-
-    Raises:
-        RecipeError: the file is no such result.
-    """
-    try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise RecipeError(f"{path}: not a whole result ({error}); remove it to run this seed anew") from error
-    if not isinstance(found, dict):
-        raise RecipeError(f"{path}: not a result of this program; remove it to run this seed anew")
-    return found
-
-
 class _Seed:
     """One run of a recipe."""
 
@@ -355,7 +392,7 @@ class _Seed:
     def run(self) -> dict[str, Any]:
         done = self.folder / "run.json"
         if self.place.resume and done.is_file():
-            found = _result_in(done)
+            found: dict[str, Any] = _json_of(done, dict)
             if found.get("recipe") != self._digest():
                 raise RecipeError(f"{done} was made by another recipe or with other images; remove it, or choose another folder")
             return found
@@ -461,7 +498,7 @@ class _Seed:
             self.fabric.barrier()
         elif self.place.resume and took.is_file() and (folder / "recipe.toml").read_text(encoding="utf-8") == self.recipe.text:
             # Trained before this run was interrupted.
-            self.seconds["source"] = json.loads(took.read_text(encoding="utf-8"))
+            self.seconds["source"] = _json_of(took, float)
         return load_model(self.recipe.model, weights)
 
     def _converted(self, source: nn.Module) -> tuple[Traced, SpikingNetwork]:

@@ -26,11 +26,12 @@ from quickspike.augmentation import Augmentation
 from quickspike.batches import Share, TrainingBatches
 from quickspike.capture import copy_of
 from quickspike.conversion import SpikingNetwork, readout
-from quickspike.data import BATCH, DataSet
+from quickspike.data import BATCH, DataSet, Images, only_class
 from quickspike.errors import CheckpointError, DataError, OptionError, QuickspikeError
 from quickspike.files import write_bytes
 from quickspike.memory import keep_freed_memory, out_of_memory
 from quickspike.metrics import Metrics
+from quickspike.models import read_plain
 from quickspike.options import option, validate
 from quickspike.provenance import digest
 from quickspike.structure import Outputs, each, first, tensors
@@ -293,6 +294,9 @@ class Trainer:
         return DataLoader(Subset(self.data.train, kept), batch_size=BATCH, num_workers=self.data.workers)
 
     def _batches(self, settings: Training) -> TrainingBatches:
+        label = only_class(self.data.train.labels) if isinstance(self.data.train, Images) else None
+        if label is not None:
+            raise DataError(f"{self.data.name}: the training images are all of class {label}; there is nothing to learn from them")
         share = Share(self.fabric.global_rank, self.fabric.world_size)
         return TrainingBatches(
             self.data, settings.validation, settings.batch_size, self.augmentation, settings.seed, self.fabric.device, share
@@ -628,18 +632,18 @@ class _Stage:
         if self.file is None or not self.file.is_file():
             return
         try:
-            written = io.BytesIO(self.file.read_bytes())
+            state = read_plain(self.file, self.fabric.device)
         except OSError as error:
             raise CheckpointError(f"cannot read {self.file}: {error.strerror or error}") from error
-        try:
-            state = torch.load(written, map_location=self.fabric.device, weights_only=True)
         except Exception as error:
             if out_of_memory(error):
                 raise
             raise CheckpointError(f"{self.file}: not a whole training checkpoint; remove it to start this stage anew") from error
         if not isinstance(state, dict) or set(state) != {"settings", "rows", "module", "optimiser", "average", "best"}:
             raise CheckpointError(f"{self.file}: not a training checkpoint; remove it to start this stage anew")
-        asked, made = self._described(), dict(state["settings"])
+        if not isinstance(state["settings"], dict) or not isinstance(state["rows"], list):
+            raise CheckpointError(f"{self.file}: not a training checkpoint; remove it to start this stage anew")
+        asked, made = self._described(), state["settings"]
         # An option that the checkpoint does not know is newer than it, and is off where it has no value.
         other = [
             f"{key}={made.get(key)!r} (now {value!r})" for key, value in asked.items() if (made[key] != value if key in made else value)
@@ -652,11 +656,11 @@ class _Stage:
                 self.optimiser.load_state_dict(state["optimiser"])
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            self.rows, self.best = state["rows"], state["best"]
+            self.resumed.append(sum(row["seconds"] for row in self.rows))
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"{self.file} belongs to another network ({reason}); remove it to start this stage anew") from error
-        self.rows, self.best = list(state["rows"]), state["best"]
-        self.resumed.append(sum(row["seconds"] for row in self.rows))
 
     def _where_to_go_on(self) -> str:
         if self.file is None:
