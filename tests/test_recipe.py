@@ -736,7 +736,7 @@ def test_a_damaged_result_of_a_seed_is_refused(damage: Callable[[str], str], fab
     run_recipe(small(train=None, source=None), place)
     run = tmp_path / "out" / "seed0" / "run.json"
     run.write_text(damage(run.read_text()))
-    with pytest.raises(QuickspikeError, match=r"run\.json: not .* remove it"):
+    with pytest.raises(QuickspikeError, match=r"run\.json is damaged.* remove it"):
         run_recipe(small(train=None, source=None), dataclasses.replace(place, resume=True))
 
 
