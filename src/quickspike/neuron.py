@@ -80,7 +80,7 @@ class _Rule:
     """A spike sets the potential to 0 instead of taking theta from it."""
 
     def fire(self, m: Tensor, theta: Tensor) -> Tensor:
-        # Compared directly: dividing by theta first would round, and move spikes that sit on the boundary.
+        # Compared directly: a product with 1/theta would move spikes that sit on the boundary.
         return m > theta if self.strict else m >= theta
 
     def reset(self, m: Tensor, theta: Tensor) -> Tensor:
