@@ -212,6 +212,23 @@ def test_images_from_workers_are_those_from_memory() -> None:
             assert found.dtype == torch.float32
 
 
+@pytest.mark.parametrize(("asked", "used"), [(0, 2), (3, 3)])
+def test_as_many_workers_read_as_the_data_set_says(asked: int, used: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def loader(items: Any, *, batch_size: None, num_workers: int) -> Any:
+        seen.append(num_workers)
+        return [items[index] for index in range(len(items))]
+
+    monkeypatch.setattr("quickspike.batches.DataLoader", loader)
+    images = Plain(numbered(30))
+    data = DataSet("numbered", images, images, PLAIN, tuple("abcdefg"), asked)
+    made = TrainingBatches(data, 5, 10, Augmentation(), 0, CPU)
+    assert len(list(made.epoch(0))) == 2
+    assert len(list(made.validation())) == 1
+    assert seen == [used, used]
+
+
 def test_images_from_workers_are_augmented_like_those_from_memory() -> None:
     """The pixels are back in [0, 1] there, whatever the preprocessing."""
     images = numbered(24, COLOURS, 3)

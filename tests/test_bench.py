@@ -329,6 +329,29 @@ def zoo_row(name: str, status: str = "converted", source: str = "torchvision", *
     )
 
 
+def test_hours_are_images_over_rates() -> None:
+    sizing = script("sizing")
+    costs = {
+        "forward pass": {"seconds": 0.1, "multiplications": 4.0},
+        "spiking forward pass": {"seconds": 0.5, "multiplications": 16.0},
+        "training step": {"seconds": 0.3, "multiplications": 12.0},
+        "fine-tuning step": {"seconds": 0.6, "multiplications": 48.0},
+    }
+    evaluation, tuning, source = sizing.hours(costs, 1000.0, 6000.0, 2, 90)
+    # Five forward passes, each a third of a step; by time, as that is more than the count.
+    assert evaluation["computed_hours"]["1"] == pytest.approx(50_000 * 5 / 3 / 1000 / 3600)
+    assert evaluation["thread_hours"] == pytest.approx(50_000 * 0.5 / 3600)
+    # Four training steps: by count.
+    assert tuning["computed_hours"]["8"] == pytest.approx(2 * 1_281_167 * 4 / 6000 / 3600)
+    assert tuning["thread_hours"] == pytest.approx(2 * 1_281_167 * 0.6 / 3600)
+    assert source["computed_hours"]["64"] == pytest.approx(90 * 1_281_167 / 48_000 / 3600)
+
+
+def test_multiplications_are_counted() -> None:
+    layer = nn.Conv2d(3, 8, 3, padding=1)
+    assert script("sizing").multiplications(lambda: layer(torch.zeros(2, 3, 10, 10))) == pytest.approx(2 * 8 * 27 * 100 / 1e9)
+
+
 def test_a_row_of_the_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
     zoo = script("zoo")
     monkeypatch.setattr(zoo, "LONG", 32)

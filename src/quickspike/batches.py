@@ -14,6 +14,9 @@ from quickspike.augmentation import Augmentation
 from quickspike.data import DataSet, Images
 from quickspike.errors import DataError, QuickspikeError
 
+WORKERS = 2
+"""Processes that read pictures from files for a training, unless the data set says how many."""
+
 
 @dataclass(frozen=True)
 class Share:
@@ -66,7 +69,7 @@ class TrainingBatches:
         self.batch_size = min(batch_size, len(self.indices) - len(self.indices) % self.share.processes)
         self.seed, self.device, self.augmentation = seed, device, augmentation
         self.classes = classes_of(data)
-        self._set = data.train
+        self._set, self._workers = data.train, data.workers or WORKERS
         self._mean = torch.tensor(data.preprocessing.mean, device=device).view(-1, 1, 1)
         self._std = torch.tensor(data.preprocessing.std, device=device).view(-1, 1, 1)
         if isinstance(data.train, Images):
@@ -104,7 +107,7 @@ class TrainingBatches:
                 indices = indices.to(self.device)
                 yield self._pixels[indices].float() / 255, self._labels[indices]
             return
-        loader: DataLoader[Any] = DataLoader(_Picked(self._set, batches), batch_size=None, num_workers=2)
+        loader: DataLoader[Any] = DataLoader(_Picked(self._set, batches), batch_size=None, num_workers=self._workers)
         for item in loader:
             if isinstance(item, QuickspikeError):
                 raise item

@@ -255,6 +255,7 @@ def evaluate(
     devices: Annotated[
         int, Help(metavar="N", help="processes on this machine, one device each, that share the images [unit: devices; range: >= 1]")
     ] = 1,
+    nodes: Annotated[int, Help(metavar="N", help="machines; start the same command on each with torchrun [range: >= 1]")] = 1,
     precision: Annotated[str, Help(metavar="NAME", help="Lightning Fabric's name: 32-true, bf16-mixed, ...")] = "32-true",
     engine: Annotated[
         Literal["auto", "reference", "fused", "integer", "count"] | None,
@@ -326,6 +327,7 @@ def evaluate(
     from quickspike.models import load_model
     from quickspike.operations import count_operations
     from quickspike.page import Entry, first_sample, write_page
+    from quickspike.processes import start
     from quickspike.report import anatomy_tables, energy_tables, exit_table, plot_accuracy, report_tables
 
     for path in filter(None, (out, plot, page)):
@@ -355,8 +357,7 @@ def evaluate(
         raise OptionError("--exit stops a sample once its class is decided, and with --values there is none")
     source = None if reference is None else load_model(reference, weights)
     data_set = data.load(snn.provenance.get("preprocessing", snn.provenance.get("statistics")))
-    fabric = make_fabric(device, precision, devices)
-    fabric.launch()
+    fabric = start(device, precision, devices, nodes)
     loader: Any = data_set.loader("test", limit=images)
     if values:
         loader = _Unlabelled(loader)

@@ -54,11 +54,9 @@ class Hardware:
 
     def launch(self, recipe_precision: str = "32-true") -> Fabric:
         """The processes, started."""
-        from quickspike.evaluation import make_fabric
+        from quickspike.processes import start
 
-        fabric = make_fabric(self.device, self.precision or recipe_precision, self.devices, self.nodes, self.strategy)
-        fabric.launch()
-        return fabric
+        return start(self.device, self.precision or recipe_precision, self.devices, self.nodes, self.strategy)
 
 
 @dataclasses.dataclass(frozen=True)

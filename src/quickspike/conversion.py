@@ -19,7 +19,7 @@ from quickspike.errors import ConversionError, DataError, OptionError
 from quickspike.graph import Site, Traced, fold, swap
 from quickspike.memory import out_of_memory
 from quickspike.method import Method
-from quickspike.neuron import MAX_STEPS, AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, Surrogate, Timed, unfold
+from quickspike.neuron import MAX_STEPS, AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, Surrogate, Timed, single, unfold
 from quickspike.operators import ANALOG_LAYERS, MAX_POOLS, NOT_AFFINE, shape
 from quickspike.structure import Outputs, each
 
@@ -274,8 +274,10 @@ class SpikingNetwork(nn.Module):
 
 def readout(outputs: Tensor) -> Tensor:
     """Logits after each step: mean of the outputs so far. `[T, B, K]` to `[T, B, K]`."""
-    counts = torch.arange(1, len(outputs) + 1, device=outputs.device, dtype=outputs.dtype)
-    return outputs.cumsum(0) / counts.view(-1, *(1,) * (outputs.ndim - 1))
+    # In half precision sums would leave its range, and counts above 256 have no place in bfloat16.
+    sums = single(outputs).cumsum(0)
+    counts = torch.arange(1, len(outputs) + 1, device=outputs.device, dtype=sums.dtype)
+    return (sums / counts.view(-1, *(1,) * (outputs.ndim - 1))).to(outputs.dtype)
 
 
 def prepare(traced: Traced, method: Method) -> Traced:

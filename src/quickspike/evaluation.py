@@ -383,7 +383,9 @@ class _Tally:
             # A process without a batch does not know yet how many outputs there are.
             output = next(node for node in self.network.network.graph.nodes if node.op == "output")
             outputs = len(places(output.args[0]))
-            own_away = self.away.float().to(fabric.device).expand(-1, outputs).contiguous()
+            # Some devices have no double precision.
+            kind = torch.float32 if fabric.device.type == "mps" else torch.float64
+            own_away = self.away.to(fabric.device, kind).expand(-1, outputs).contiguous()
             self.away = cast(Tensor, fabric.all_reduce(own_away, reduce_op="sum")).cpu()
 
     def _chunks(self, images: Tensor, labels: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:

@@ -253,7 +253,9 @@ def fire_signed(
     potentials.copy_(state)
     if left is not None:
         rest.copy_(left)
-    heights = [_bits(height.detach().to(out.dtype).reshape(1, -1), 1).reshape(-1).astype(np.uint32) for height in (amplitude, -amplitude)]
+    heights = [
+        _bits(height.detach().to(out.dtype).reshape(1, -1), 1).reshape(-1).astype(np.uint32) for height in (amplitude, 0.0 - amplitude)
+    ]
     channels = max(parameter.numel() for parameter in (theta, leak, amplitude))
     length = _loops().block_length(channels, inner)
     _share_out(

@@ -80,7 +80,7 @@ class _Rule:
     """A spike sets the potential to 0 instead of taking theta from it."""
 
     def fire(self, m: Tensor, theta: Tensor) -> Tensor:
-        # Compared directly: dividing by theta first would round, and move spikes that sit on the boundary.
+        # Compared directly: a product with 1/theta would move spikes that sit on the boundary.
         return m > theta if self.strict else m >= theta
 
     def reset(self, m: Tensor, theta: Tensor) -> Tensor:
@@ -112,7 +112,8 @@ class _Scan(torch.autograd.Function):
         slots = out.view(rule.steps, batch, *current.shape[1:])
         m = v
         for slot, m in zip(slots, potentials(current, v, theta, leak, rule), strict=True):
-            slot.copy_(rule.fire(m, theta) * amplitude)
+            # Not as a product, which has a sign where the height is negative and nothing fires: -0.0 is another number of bytes.
+            slot.copy_(torch.where(rule.fire(m, theta), amplitude, 0.0))
         return out, rule.reset(m, theta)
 
     @staticmethod
@@ -197,10 +198,12 @@ def _signed_scan(
         up = _Step.apply(rule.fire(m, theta), m / theta - 1, rule.surrogate)
         down = _Step.apply(m < 0, -m / theta, rule.surrogate) * (left > 0)
         spikes = up - down
+        # -0.0, of no spike times a negative height, becomes 0.0.
+        heights = spikes * amplitude + 0.0
         if learning:
-            outputs.append((spikes * amplitude).to(current.dtype))
+            outputs.append(heights.to(current.dtype))
         else:
-            slot.copy_(spikes * amplitude)
+            slot.copy_(heights)
         # No gradient flows through the indicators of the reset.
         v = torch.addcmul(m, theta, spikes.detach(), value=-1)
         left = left + spikes.detach()
@@ -398,7 +401,9 @@ class Neuron(Timed):
         rule = self.rule(self.steps, True)
         if self.compiled and not self.to_zero and kernels.applies(x, (v, theta, leak), self.steps, self.surrogate.shape):
             return kernels.count(x, v, theta, leak, rule, divisor, kind)
-        out, _ = _Scan.apply(x / divisor, v, theta, leak, torch.ones_like(theta), rule)
+        # A quotient in half precision would be rounded once more than in the compiled loops.
+        current = x.to(torch.promote_types(x.dtype, theta.dtype)) / divisor
+        out, _ = _Scan.apply(current, v, theta, leak, torch.ones_like(theta), rule)
         return unfold(out, self.steps).ne(0).sum(0).to(kind)
 
     def scan(self, x: Tensor, state: Any, steps: int) -> tuple[Tensor, Any]:
@@ -605,9 +610,10 @@ class AccumulatedMaxPool(Timed):
     def scan(self, x: Tensor, state: Any, steps: int) -> tuple[Tensor, Any]:
         total, pooled = state or (0.0, 0.0)
         outputs = []
-        for current in unfold(x, steps):
+        # In half precision the sums would lose spikes.
+        for current in unfold(single(x), steps):
             total = total + current
             now = self.pool(total)
             outputs.append(now - pooled)
             pooled = now
-        return torch.cat(outputs), (total, pooled)
+        return torch.cat(outputs).to(x), (total, pooled)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from quickspike.conversion import SpikingNetwork, readout
 from quickspike.errors import ConversionError
 from quickspike.memory import counter_type, in_bytes, parts
-from quickspike.neuron import Neuron, Timed, unfold
+from quickspike.neuron import Neuron, Timed, single, unfold
 from quickspike.structure import Outputs, each, first
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def _added(outputs: Tensor, total: Tensor | None = None) -> Tensor:
 
 
 def _mean(total: Tensor, like: Tensor, steps: int) -> Tensor:
-    return total.to(like.dtype) / steps
+    return (total.to(single(like).dtype) / steps).to(like.dtype)
 
 
 class _Part(fx.Interpreter):

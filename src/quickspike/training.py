@@ -486,6 +486,7 @@ class _Stage:
     def run(self) -> History:
         if self.resume:
             self._restore()
+            self._all_restored()
         if not self._finished():
             self._check_fit()
         self.metrics.begin(self.stage, self.rows)
@@ -661,6 +662,18 @@ class _Stage:
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"{self.file} belongs to another network ({reason}); remove it to start this stage anew") from error
+
+    def _all_restored(self) -> None:
+        """Raise CheckpointError in every process if some went on from a checkpoint that others do not see."""
+        if self.fabric.world_size == 1:
+            return
+        own = torch.tensor(float(len(self.rows)), device=self.fabric.device)
+        most, least = (float(sign * cast(Tensor, self.fabric.all_reduce(sign * own, reduce_op="max"))) for sign in (1, -1))
+        if most != least:
+            raise CheckpointError(
+                f"{self.file} holds {int(most)} epochs for some processes and {int(least)} for others; "
+                "give a folder that all machines share, or start anew without --resume"
+            )
 
     def _where_to_go_on(self) -> str:
         if self.file is None:

@@ -22,6 +22,8 @@ from quickspike.processor import largest_pair
 from quickspike.quantisation import LARGEST_COUNT, PADS, SUM_POOLS
 
 WEIGHT = 127
+LARGEST_SUM = 2**31 - 1
+"""Sums are made in 32 bits, where larger ones would come out negative, in silence."""
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 OPERATORS = ("qconv_prepack", "qconv1d_pointwise", "qconv2d_pointwise", "qconv3d_pointwise", "qlinear_prepack", "qlinear_pointwise")
 
@@ -190,13 +192,17 @@ class Bytes:
             return "reads real numbers"
         if not _whole(layer.weight):
             return "its weights are no whole numbers of 8 bits"
-        if not self._adds_exactly(layer, cast(int, self.most[node.all_input_nodes[0]])):
-            return "sums of its bytes could saturate on this processor, which has no VNNI"
-        return f"{type(layer).__name__} has no form in whole numbers here"
+        overflow = self._overflow(layer, cast(int, self.most[node.all_input_nodes[0]]))
+        return overflow or f"{type(layer).__name__} has no form in whole numbers here"
 
-    def _adds_exactly(self, layer: Any, most: int) -> bool:
-        """True if no sum of two products saturates where numbers up to `most` come in."""
-        return 2 * most * float(layer.weight.detach().abs().max()) <= self.pair
+    def _overflow(self, layer: Any, most: int) -> str | None:
+        """Why sums of the layer could be wrong where numbers up to `most` come in; None if they cannot."""
+        weight = layer.weight.detach().abs().double()
+        if 2 * most * float(weight.max()) > self.pair:
+            return "sums of its bytes could saturate on this processor, which has no VNNI"
+        if most * float(weight.flatten(1).sum(1).max()) > LARGEST_SUM:
+            return "its sums could leave 32 bits"
+        return None
 
     def _layer(self, node: fx.Node) -> Any:
         return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -241,7 +247,7 @@ class Bytes:
 
     def _from_layer(self, node: fx.Node, layer: Any, most: int) -> int | None:
         dimensions = node.meta["tensor_meta"].shape
-        if type(layer) in (*CONVOLUTIONS, nn.Linear) and not self._adds_exactly(layer, most):
+        if type(layer) in (*CONVOLUTIONS, nn.Linear) and self._overflow(layer, most):
             return None
         if type(layer) in CONVOLUTIONS and _whole(layer.weight):
             self._replace(node, ByteConv(layer))
