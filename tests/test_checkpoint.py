@@ -594,9 +594,9 @@ def test_what_is_written_to_the_file_later_changes_no_network(saved: Path, plain
 @pytest.mark.parametrize("steps", [1, 2, 50_000])
 def test_the_check_of_a_network_does_not_depend_on_its_steps(steps: int, pooled: tuple[qs.SpikingNetwork, Tensor], tmp_path: Path) -> None:
     pooled[0].with_steps(steps).save(tmp_path / "a")
-    started = time.perf_counter()
+    started = time.process_time()
     loaded = qs.load(tmp_path / "a")
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert {layer.steps for layer in loaded.modules() if isinstance(layer, Timed)} == {steps}
 
 
@@ -738,6 +738,9 @@ HOSTILE: dict[str, Change] = {
         put("layers", "conv", "arguments", "dict", "out_channels", value=10**9),
     ),
     "convolution with strides of another number": put("layers", "conv", "arguments", "dict", "stride", value={"tuple": [1, 1, 1]}),
+    "convolution without a stride": put("layers", "conv", "arguments", "dict", "stride", value={"tuple": [0, 1]}),
+    "convolution with a dilation of 0": put("layers", "conv", "arguments", "dict", "dilation", value={"tuple": [1, 0]}),
+    "neurons that read two signals": put("graph", 2, "args", value={"tuple": [{"node": "conv"}, {"node": "conv"}]}),
     "convolution that gives another size": put("layers", "conv", "arguments", "dict", "padding", value={"tuple": [0, 0]}),
     "convolution with a billion zeros around": put("layers", "conv", "arguments", "dict", "padding", value={"tuple": [10**9, 10**9]}),
     "weights of another type than the others": tensor("conv.weight", lambda old: old.double()),

@@ -430,9 +430,9 @@ def test_groups_that_hold_themselves_are_refused(tmp_path: Path) -> None:
 
 def test_a_file_for_many_steps_is_read_without_simulating_them(tmp_path: Path) -> None:
     path = altered(tmp_path, lambda file: None)
-    started = time.perf_counter()
+    started = time.process_time()
     assert load_nir(path, steps=65536).steps == 65536
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize(("key", "value"), [("reader", "nobody"), ("reader", 3), ("steps", 10**9), ("method", 3), ("provenance", [1])])

@@ -27,8 +27,10 @@ from typing import Any
 from quickspike.cli import main
 from quickspike.errors import QuickspikeError
 
-SECONDS = 30
-"""After which a trial counts as hanging."""
+SECONDS = 30.0
+"""Of a processor's time after which a trial counts as hanging; a clock on the wall would blame it for a busy machine."""
+PATIENCE = 20 * SECONDS
+"""On that clock, for a trial that waits for something."""
 FREE = 48 * 2**20
 """Bytes that any reading may take, however small its input: buffers, caches, imports."""
 SAFETY = 2**30
@@ -72,6 +74,7 @@ class Outcome:
     peak: int = 0
     """Bytes that the process grew by at most."""
     seconds: float = 0.0
+    """Of a processor's time."""
 
 
 def run(trials: Sequence[Trial], step: Callable[[Outcome], None] = lambda outcome: None) -> list[Outcome]:
@@ -79,18 +82,17 @@ def run(trials: Sequence[Trial], step: Callable[[Outcome], None] = lambda outcom
     outcomes: list[Outcome] = []
     while len(outcomes) < len(trials):
         rest = trials[len(outcomes) :]
-        found, status = _child(rest)
+        found, status = _child(rest, step)
         if len(found) < len(rest):
             dead = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"status {os.WEXITSTATUS(status)}"
-            what = "hung" if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM else "died"
-            found.append(Outcome(rest[len(found)].kind, what, f"the process ended with {dead}", fault=True))
-        for outcome in found:
-            step(outcome)
+            hung = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGALRM)
+            found.append(Outcome(rest[len(found)].kind, "hung" if hung else "died", f"the process ended with {dead}", fault=True))
+            step(found[-1])
         outcomes += found
     return outcomes
 
 
-def _child(trials: Sequence[Trial]) -> tuple[list[Outcome], int]:
+def _child(trials: Sequence[Trial], step: Callable[[Outcome], None]) -> tuple[list[Outcome], int]:
     folder = Path(tempfile.mkdtemp())
     read_end, write_end = os.pipe()
     sys.stdout.flush()
@@ -103,8 +105,11 @@ def _child(trials: Sequence[Trial]) -> tuple[list[Outcome], int]:
         finally:
             os._exit(70)
     os.close(write_end)
+    outcomes: list[Outcome] = []
     with os.fdopen(read_end) as stream:
-        outcomes = [Outcome(**json.loads(line)) for line in stream]
+        for line in stream:
+            outcomes.append(Outcome(**json.loads(line)))
+            step(outcomes[-1])
     status = os.waitpid(child, 0)[1]
     shutil.rmtree(folder, ignore_errors=True)
     return outcomes, status
@@ -112,14 +117,17 @@ def _child(trials: Sequence[Trial]) -> tuple[list[Outcome], int]:
 
 def _work(trials: Sequence[Trial], folder: Path, results: int) -> None:
     os.chdir(folder)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for kind in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(kind, signal.SIG_DFL)
     events: list[str] = []
     sys.addaudithook(lambda event, arguments: events.append(f"{event} {arguments}") if event in FORBIDDEN else None)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for trial in trials:
-        signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE)
         outcome = _watched(trial, folder, events)
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         os.write(results, (json.dumps(vars(outcome)) + "\n").encode())
 
 
@@ -127,13 +135,13 @@ def _watched(trial: Trial, folder: Path, events: list[str]) -> Outcome:
     path = folder / trial.name
     path.write_bytes(trial.data)
     events.clear()
-    before, started = _reset_peak(), time.perf_counter()
+    before, started = _reset_peak(), time.process_time()
     resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + SAFETY, resource.RLIM_INFINITY))
     try:
         what, detail, fault = _judged(trial, path)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    peak, seconds = max(0, _status("VmHWM") - before), time.perf_counter() - started
+    peak, seconds = max(0, _status("VmHWM") - before), time.process_time() - started
     strangers = sorted(other.name for other in folder.iterdir() if other != path)
     if trial.leaves and "marker" not in strangers:
         left, strangers = strangers, []

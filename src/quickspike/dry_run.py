@@ -105,7 +105,7 @@ class _Sizes(fx.Interpreter):
         if target in _TAKE_APART and args and isinstance(args[0], Tensor) and max(args[0].shape, default=0) > MOST_PARTS:
             raise CheckpointError(f"a signal of shape {list(args[0].shape)} is taken apart")
         if target in _CONVOLUTIONS:
-            _check_convolution(args[0].ndim - 2, *args[3:], *kwargs.values())
+            _check_convolution(args[0].ndim - 2, **dict(zip(_CONVOLUTIONS[target], args[3:], strict=False)) | kwargs)
         if target in (*_CONVOLUTIONS, F.linear, torch.matmul, torch.einsum):
             _check_types(*args)
         return super().call_function(target, args, kwargs)
@@ -113,15 +113,23 @@ class _Sizes(fx.Interpreter):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer: Any = self.fetch_attr(target)
         if isinstance(layer, nn.modules.conv._ConvNd):
-            _check_convolution(len(layer.kernel_size), layer.stride, layer.padding, layer.dilation, layer.output_padding)
+            sizes = {name: getattr(layer, name) for name in _TRANSPOSED if name != "groups"}
+            _check_convolution(len(layer.kernel_size), **sizes)
         if isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)):
             _check_types(*args, layer.weight, layer.bias)
         if isinstance(layer, (Neuron, AfterRehearsal)):
+            if len(args) != 1 or kwargs:
+                raise CheckpointError("neurons read one signal")
             return _over_time(args[0], isinstance(layer, Neuron) and layer.constant_input)
         return super().call_module(target, args, kwargs)
 
 
-_CONVOLUTIONS = tuple(getattr(F, f"{kind}{axes}d") for kind in ("conv", "conv_transpose") for axes in (1, 2, 3))
+_FORWARD = ("stride", "padding", "dilation")
+_TRANSPOSED = ("stride", "padding", "output_padding", "groups", "dilation")
+_CONVOLUTIONS = {
+    getattr(F, f"{kind}{axes}d"): names for kind, names in (("conv", _FORWARD), ("conv_transpose", _TRANSPOSED)) for axes in (1, 2, 3)
+}
+"""Function -> its arguments behind input, weight and bias."""
 
 
 def _over_time(x: Tensor, constant: bool) -> Tensor:
@@ -139,11 +147,12 @@ def _check_types(*operands: Any) -> None:
         raise CheckpointError(f"values of different types are multiplied: {', '.join(sorted(map(str, types)))}")
 
 
-def _check_convolution(axes: int, *sizes: Any) -> None:
-    """The meta device takes strides and the like of another number of axes, too."""
-    for one in sizes:
-        if isinstance(one, (tuple, list)) and len(one) not in (1, axes):
-            raise CheckpointError(f"a convolution along {axes} axes cannot have {list(one)}")
+def _check_convolution(axes: int, **sizes: Any) -> None:
+    """The meta device takes strides and the like of another number of axes, and of 0, too."""
+    for name, one in sizes.items():
+        values = one if isinstance(one, (tuple, list)) else (one,)
+        if len(values) not in (1, axes) or (name in ("stride", "dilation") and min(values) < 1):
+            raise CheckpointError(f"a convolution along {axes} axes cannot have {name}={one}")
 
 
 _TAKE_APART: tuple[Callable[..., Any], ...] = (torch.unbind, torch.split, torch.chunk)
