@@ -243,3 +243,24 @@ def test_the_demo_keeps_its_promise(tmp_path):
     assert report.accuracy[4] >= report.reference_accuracy - 5
     assert demo.network.is_file()
     assert demo.picture.read_bytes().startswith(b"\x89PNG")
+
+
+def against_published():
+    return runpy.run_path(str(ROOT / "recipes" / "against_published.py"))
+
+
+def test_the_table_of_the_readme_is_what_the_results_give():
+    assert against_published()["table"]() in (ROOT / "README.md").read_text()
+
+
+def test_published_figures_are_those_that_were_gathered():
+    gathered = ROOT.parent / "shared" / "papers" / "results.toml"
+    if not gathered.is_file():
+        pytest.skip("needs ../shared/papers/results.toml")
+    made = against_published()
+    wanted = [
+        (one["dataset"], one["steps"], one["snn_accuracy"], one["architecture"], one.get("ann_accuracy", 0), one["method"], one["stage"])
+        for one in made["tomllib"].loads(gathered.read_text())["result"]
+        if one["dataset"] in ("CIFAR-10", "MNIST") and 1 <= one["steps"] <= 16
+    ]
+    assert sorted(wanted) == sorted(tuple(one.values())[:7] for one in made["published"]())
