@@ -201,8 +201,8 @@ def in_own_process(source: str, name: str, limit: float) -> dict[str, Any]:
             row = found
         else:
             row |= {"cut_off_after": limit}
-            row.setdefault("status", "too slow")
-            row.setdefault("reason", f"was not converted within {limit:g} s")
+            if "status" not in row:
+                row |= {"status": "too slow", "reason": f"was not converted within {limit:g} s"}
     except EOFError:
         row |= failed(row, "its process died, out of memory as a rule")
     process.kill()
