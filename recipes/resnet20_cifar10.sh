@@ -28,7 +28,12 @@ options_of() { # METHOD STEPS
     signed_bias) echo --method threshold_balancing --signed --refine bias_correction ;;
     synchronous) echo --method threshold_balancing --synchronous ;;
     synchronous_bias) echo --method threshold_balancing --synchronous --refine bias_correction ;;
-    synchronous_weights) echo --method threshold_balancing --synchronous --refine weight_calibration:reach=network ;;
+    synchronous_weights)
+        # Chosen on the last 2,000 training images at T = 8: 98.60 % with 0.001, 98.70 with 0.0001; T = 16 follows.
+        local rate=0.001
+        [ "$2" -lt 8 ] || rate=0.0001
+        echo --method threshold_balancing --synchronous --refine "weight_calibration:reach=network,learning_rate=$rate"
+        ;;
     offset_shift) echo --method threshold_balancing --refine offset_shift bias_correction ;;
     *) echo "no such column: $1" >&2 && return 2 ;;
     esac
