@@ -36,7 +36,7 @@ class SlipReLU(Method):
 
     name: ClassVar[str] = "slip_relu"
     paper: ClassVar[Paper] = Paper(
-        "H. Jiang, S. Anumasa, G. De Masi, H. Xiong, B. Gu",
+        "H. Jiang et al.",
         "A Unified Optimization Framework of ANN-SNN Conversion: Towards Optimal Mapping from Activation Values to Firing Rates",
         2023,
         venue="ICML 2023",
