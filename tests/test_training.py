@@ -1204,9 +1204,9 @@ def test_a_checkpoint_that_cannot_be_read_is_not_to_be_removed(
 ) -> None:
     trainer(**FULL, folder=tmp_path)(cnn(), "source")
 
-    def forbidden(path: Path) -> bytes:
+    def forbidden(path: Path, device: torch.device) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    monkeypatch.setattr("quickspike.training.read_plain", forbidden)
     with pytest.raises(CheckpointError, match=r"cannot read .*source\.ckpt: Permission denied$"):
         trainer(**FULL, folder=tmp_path, resume=True)(cnn(), "source")
