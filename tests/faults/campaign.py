@@ -41,6 +41,8 @@ import injection
 from injection import Ended, Operations, Setup
 
 TERMINATED = 128 + signal.SIGTERM
+LINUX = sys.platform == "linux"
+"""Elsewhere neither is memory taken away nor output."""
 PROGRESS = re.compile(r".*, epoch \d+: |.*, T = \d+: ")
 Mend = Callable[[], list[str]]
 """Takes a fault away; what is wrong with what it leaves."""
@@ -491,6 +493,8 @@ def others() -> Iterator[Planned]:
     (convert,), (train, _) = commands("convert"), commands("train")
     yield from memory(convert, train, (8, 32, 64, 128, 256))
     evaluate = ["evaluate", "inputs/network.safetensors", *DATA, *CPU, "--images", "50", "--json"]
+    if not LINUX:
+        return
     says = "No space left on device"
     yield refused(convert, "output cannot be printed", injection.full_output, arguments=evaluate, code=1, says=says)
 
@@ -527,7 +531,7 @@ def memory(convert: Any, train: Any, spares: Sequence[int]) -> Iterator[Planned]
     bounded = ["evaluate", "inputs/network.safetensors", *DATA, *CPU, "--memory", "1KiB", "--out", "out/report.json"]
     yield refused(convert, "a memory budget too small", arguments=bounded, says="more than the 1 KiB allowed")
     wide = ["train", "digits_cnn,width=512", *DATA, *CPU, "--batch-size", "1024", "--out", "out"]
-    for spare in spares:
+    for spare in spares if LINUX else ():
         fault = f"{spare} MiB of memory left"
         yield refused(train, fault, injection.small_memory(spare << 20), arguments=wide, code=1, says="out of memory")
 
