@@ -19,7 +19,7 @@ import quickspike as qs
 from quickspike.data import DataSet
 from quickspike.errors import OptionError
 from quickspike.models import load_model
-from quickspike.processes import how_it_ended, start
+from quickspike.processes import _Watch, how_it_ended, start
 
 NET = '''
 import os
@@ -226,6 +226,13 @@ def test_a_process_that_dies_ends_the_run_and_is_named(die: str, command: str, l
         assert "quickspike: process 2 of 2 was ended by signal 9 (SIGKILL); the system does so where memory runs out" in said
     else:
         assert "Signal 9 (SIGKILL)" in said
+
+
+def test_an_end_that_comes_a_little_late_is_still_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    """Sockets of a killed process close before it can be waited for."""
+    late = subprocess.Popen([sys.executable, "-c", "import os, time; time.sleep(0.5); os.kill(os.getpid(), 9)"])
+    _Watch([late]).last_look()
+    assert "process 2 of 2 was ended by signal 9 (SIGKILL)" in capsys.readouterr().err
 
 
 def test_an_ending_in_words() -> None:

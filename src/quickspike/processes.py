@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 PERIOD = 0.2
 """Seconds between two looks at the processes."""
+LAST = 2.0
+"""Seconds that the first process, at its end, waits for that of the others."""
 
 
 def start(device: str = "auto", precision: str = "32-true", devices: int = 1, nodes: int = 1, strategy: str = "auto") -> Fabric:
@@ -59,12 +61,19 @@ class _Watch(threading.Thread):
         super().__init__(daemon=True, name="quickspike-watch")
         self.children, self.said = children, set[int]()
         # A process that has lost another one may end before the next look.
-        atexit.register(self.look)
+        atexit.register(self.last_look)
 
     def run(self) -> None:
         while any(child.returncode is None for child in self.children):
             time.sleep(PERIOD)
             self.look()
+
+    def last_look(self) -> None:
+        """Look once more; a process that dies closes its connections a little before it has ended."""
+        end = time.monotonic() + LAST
+        while any(child.poll() is None for child in self.children) and time.monotonic() < end:
+            time.sleep(PERIOD / 10)
+        self.look()
 
     def look(self) -> None:
         """Report processes that ended otherwise than they should have, each once."""
