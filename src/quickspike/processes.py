@@ -59,17 +59,20 @@ class _Watch(threading.Thread):
 
     def __init__(self, children: Sequence[Popen[bytes]]) -> None:
         super().__init__(daemon=True, name="quickspike-watch")
-        self.children, self.said = children, set[int]()
+        self.children, self.said, self.over = children, set[int](), threading.Event()
         # A process that has lost another one may end before the next look.
         atexit.register(self.last_look)
 
     def run(self) -> None:
-        while any(child.returncode is None for child in self.children):
-            time.sleep(PERIOD)
+        while any(child.returncode is None for child in self.children) and not self.over.wait(PERIOD):
             self.look()
 
     def last_look(self) -> None:
         """Look once more; a process that dies closes its connections a little before it has ended."""
+        # The interpreter shall end without this thread.
+        self.over.set()
+        if self.is_alive():
+            self.join()
         end = time.monotonic() + LAST
         while any(child.poll() is None for child in self.children) and time.monotonic() < end:
             time.sleep(PERIOD / 10)
