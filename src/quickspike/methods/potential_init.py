@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from quickspike.activations import Granularity, LearnedCeiling, ceiling_at
+from quickspike.ceilings import learn_ceilings
 from quickspike.data import ImageStream
 from quickspike.graph import Site, Traced
 from quickspike.method import Method, Paper, register
 from quickspike.neuron import NeuronParameters
 from quickspike.options import option
-from quickspike.training import Train, parameter_groups
+from quickspike.training import Train
 
 
 @register
@@ -62,14 +63,7 @@ class PotentialInit(Method):
         return LearnedCeiling(site, self.granularity)
 
     def fit(self, ann: Traced, images: ImageStream, train: Train | None = None) -> None:
-        ceilings = {site: ceiling_at(site, ann.at(site)) for site in ann.sites}
-        images.feed(ann.module, ceilings.values())
-        for site, ceiling in ceilings.items():
-            calibrated = self._calibrated(site, ceiling)
-            ceiling.start(torch.full_like(calibrated, self.start) if train and self.start else calibrated)
-        if train is not None:
-            learned = [ceiling.mu for ceiling in ceilings.values()]
-            train(ann.module, "ann", groups=parameter_groups(ann.module, learned, weight_decay=self.ceiling_decay))
+        learn_ceilings(ann, images, train, self._calibrated, start=self.start, decay=self.ceiling_decay)
 
     def _calibrated(self, site: Site, ceiling: LearnedCeiling) -> Tensor:
         histogram = ceiling.probe.histogram

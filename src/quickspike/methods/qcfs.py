@@ -6,22 +6,21 @@ Spiking Neural Networks", ICLR 2022, arXiv 2303.04347.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from quickspike.activations import Granularity, LearnedCeiling, ceiling_at, mark
+from quickspike.ceilings import learn_ceilings
 from quickspike.data import ImageStream
 from quickspike.graph import Site, Traced
 from quickspike.method import Method, Paper, register
 from quickspike.neuron import NeuronParameters, reduced
 from quickspike.options import option
-from quickspike.training import Train, parameter_groups
-
-if TYPE_CHECKING:
-    from quickspike.methods.slip_relu import SlipReLU
+from quickspike.training import Train
 
 Support = Literal["inside", "clamp_after", "paper"]
 
@@ -65,25 +64,21 @@ class QCFS(Method):
         return QuantisedReLU(site, self.granularity, self.levels, self.support)
 
     def fit(self, ann: Traced, images: ImageStream, train: Train | None = None) -> None:
-        learn_ceilings(self, ann, images, train)
+        drawn = fitting(self.steps, self.initial, self.percentile, train)
+        learn_ceilings(ann, images, train, drawn, start=self.start, decay=self.ceiling_decay)
 
     def neuron(self, site: Site, activation: nn.Module) -> NeuronParameters:
         return NeuronParameters(ceiling_at(site, activation).ceiling, initial=self.initial)
 
 
-def learn_ceilings(method: QCFS | SlipReLU, ann: Traced, images: ImageStream, train: Train | None) -> None:
-    """Start the ceilings at all sites from calibration images, and train the network with them if `train` is given."""
-    ceilings = [ceiling_at(site, ann.at(site)) for site in ann.sites]
-    images.feed(ann.module, ceilings)
-    for ceiling in ceilings:
+def fitting(steps: int, initial: float, percentile: float, train: Train | None) -> Callable[[Site, LearnedCeiling], Tensor]:
+    """How ceilings of a staircase follow from what was seen: a training moves them, without one they have to fit T steps at once."""
+
+    def drawn(site: Site, ceiling: LearnedCeiling) -> Tensor:
         histogram = ceiling.probe.histogram
-        # Without training the ceiling has to fit the staircase of T steps on its own.
-        untrained = histogram.squared_error_ceiling(method.steps, method.initial)
-        trained = torch.full_like(untrained, method.start) if method.start else histogram.percentile(method.percentile)
-        ceiling.start(untrained if train is None else trained)
-    if train is not None:
-        learned = [ceiling.mu for ceiling in ceilings]
-        train(ann.module, "ann", groups=parameter_groups(ann.module, learned, weight_decay=method.ceiling_decay))
+        return histogram.squared_error_ceiling(steps, initial) if train is None else histogram.percentile(percentile)
+
+    return drawn
 
 
 class QuantisedReLU(LearnedCeiling):

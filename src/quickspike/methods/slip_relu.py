@@ -12,10 +12,11 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from quickspike.activations import Granularity, LearnedCeiling, ceiling_at, clip
+from quickspike.ceilings import learn_ceilings
 from quickspike.data import ImageStream
 from quickspike.graph import Site, Traced
 from quickspike.method import Method, Paper, register
-from quickspike.methods.qcfs import learn_ceilings, quantise
+from quickspike.methods.qcfs import fitting, quantise
 from quickspike.neuron import NeuronParameters
 from quickspike.options import option
 from quickspike.training import Train
@@ -58,7 +59,8 @@ class SlipReLU(Method):
         return SlippedReLU(site, self)
 
     def fit(self, ann: Traced, images: ImageStream, train: Train | None = None) -> None:
-        learn_ceilings(self, ann, images, train)
+        drawn = fitting(self.steps, self.initial, self.percentile, train)
+        learn_ceilings(ann, images, train, drawn, start=self.start, decay=self.ceiling_decay)
 
     def neuron(self, site: Site, activation: nn.Module) -> NeuronParameters:
         return NeuronParameters(ceiling_at(site, activation).ceiling, initial=self.initial)

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from quickspike.activations import LearnedCeiling, ceiling_at
+from quickspike.ceilings import learn_ceilings
 from quickspike.data import ImageStream
 from quickspike.errors import ConversionError
 from quickspike.graph import Site, Traced
 from quickspike.method import Method, Paper, register
 from quickspike.neuron import NeuronParameters, Surrogate
 from quickspike.options import option
-from quickspike.training import Train, parameter_groups
+from quickspike.training import Train
 
 Criterion = Literal["squared", "signed"]
 BETAS = torch.arange(201, dtype=torch.float64) / 100
@@ -77,14 +78,12 @@ class UltraLowLatency(Method):
         return PercentileCeiling(site)
 
     def fit(self, ann: Traced, images: ImageStream, train: Train | None = None) -> None:
-        ceilings = [percentiles_at(site, ann.at(site)) for site in ann.sites]
-        images.feed(ann.module, ceilings)
-        for ceiling in ceilings:
-            found = ceiling.probe.histogram.percentile(self.percentile)
-            ceiling.start(torch.full_like(found, self.start) if train and self.start else found)
+        def drawn(site: Site, ceiling: LearnedCeiling) -> Tensor:
+            return ceiling.probe.histogram.percentile(self.percentile)
+
+        learn_ceilings(ann, images, train, drawn, start=self.start, decay=self.ceiling_decay)
         if train is not None:
-            learned = [ceiling.mu for ceiling in ceilings]
-            train(ann.module, "ann", groups=parameter_groups(ann.module, learned, weight_decay=self.ceiling_decay))
+            ceilings = [percentiles_at(site, ann.at(site)) for site in ann.sites]
             for ceiling in ceilings:
                 ceiling.forget()
             images.feed(ann.module, ceilings)
