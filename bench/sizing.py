@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ def slower(costs: Costs, spiking: str, plain: str) -> float:
     return max(costs[spiking][what] / costs[plain][what] for what in ("seconds", "multiplications"))
 
 
-def hours(costs: Costs, one: float, eight: float, epochs: int, source_epochs: int) -> list[dict[str, object]]:
+def hours(costs: Costs, one: float, eight: float, epochs: int, source_epochs: int) -> list[dict[str, Any]]:
     """Hours of every task here on one thread, and computed ones on 1, 8 and 64 accelerators."""
     passes = slower(costs, "spiking forward pass", "forward pass")
     tuning = slower(costs, "fine-tuning step", "training step")
@@ -159,7 +160,7 @@ def main() -> None:
     )
     rows = hours(costs, options.images_per_second, options.of_eight, options.epochs, options.source_epochs)
     for row in rows:
-        there = ", ".join(f"{value:.3g} h on {count}" for count, value in row["computed_hours"].items())  # type: ignore[attr-defined]
+        there = ", ".join(f"{value:.3g} h on {count}" for count, value in row["computed_hours"].items())
         print(f"{row['task']}: {row['thread_hours']:.0f} h on one thread here; computed: {there}")
     save(options.out, rows, options, costs=costs, picture_seconds=picture)
 

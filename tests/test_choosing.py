@@ -18,12 +18,13 @@ from quickspike import choosing
 from quickspike.augmentation import Augmentation
 from quickspike.choosing import Attempt, Auto, choose, refinements_for
 from quickspike.cli import main
-from quickspike.data import DataSet
+from quickspike.data import DataSet, ImageStream
 from quickspike.errors import DataError, OptionError
 from quickspike.evaluation import make_fabric
 from quickspike.refinement import REFINEMENTS, Refinement, refinement, refinements_of
 from quickspike.refinements import BiasCorrection
 from quickspike.training import Trainer, Training
+from quickspike.tuning import TUNING
 
 
 @pytest.fixture(autouse=True)
@@ -63,17 +64,17 @@ def test_what_measures_was_kept_from_what_calibrates(digits_source: nn.Module, d
     seen: list[Tensor] = []
     original = choosing.ImageStream
 
-    class Watched(original):  # type: ignore[valid-type, misc]
-        def __init__(self, source: list[Tensor]) -> None:
-            super().__init__(source)
-            seen.append(torch.cat(source))
+    def watched(source: list[Tensor]) -> ImageStream:
+        seen.append(torch.cat(source))
+        return original(source)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choosing, "ImageStream", Watched)
+        patch.setattr(choosing, "ImageStream", watched)
         found = choose(digits_source, [images[:50], images[50:51], images[51:]], Auto(steps=4))
     held_out = images[3::4]
     assert f"{len(held_out)} images held out" in found.measure
-    (calibrated,) = seen
+    everything, calibrated = seen
+    assert torch.equal(everything, images)
     assert torch.equal(calibrated, images[torch.arange(103) % 4 != 3])
     first = qs.convert(digits_source, calibrated, steps=4)
     assert found.attempts[0].what == "threshold_balancing"
@@ -170,10 +171,13 @@ def test_no_epoch_begins_that_does_not_fit(digits: DataSet, digits_source: nn.Mo
     assert sum("for 1 epoch" in one.what for one in found.attempts) == 2
 
 
-def test_an_epoch_is_timed(digits: DataSet, digits_source: nn.Module) -> None:
+def test_an_epoch_is_timed(digits: DataSet, digits_source: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     before = copy.deepcopy(digits_source.state_dict())
+    # The first batch takes 50 seconds, the second 3.
+    clock = iter([0.0, 50.0, 100.0, 103.0])
+    monkeypatch.setattr(choosing.time, "perf_counter", lambda: next(clock))
     seconds = choosing._seconds_of_an_epoch(digits_source, trainer(digits))
-    assert 0 < seconds < math.inf
+    assert seconds == pytest.approx(3 * (digits.size("train") - 200) / 100)
     assert all(torch.equal(value, before[name]) for name, value in digits_source.state_dict().items())
 
 
@@ -188,6 +192,13 @@ def test_networks_that_choose_no_class_are_held_against_their_values(random_imag
 def test_too_little_to_choose_by_is_refused(digits: DataSet, digits_source: nn.Module, digits_calibration: Tensor) -> None:
     with pytest.raises(DataError, match="at least 20 calibration images"):
         choose(digits_source, digits_calibration[:19])
+    spoilt = digits_calibration.clone()
+    spoilt[77, 0, 0, 0] = math.nan
+    for images in (spoilt, [digits_calibration, digits_calibration[:, :, 1:]], digits_calibration[:0]):
+        with pytest.raises(DataError):
+            choose(digits_source, images)
+    with pytest.raises(DataError, match="at least one image, got 0"):
+        trainer(digits).calibration(0)
     with pytest.raises(OptionError, match="validation=1000"):
         choose(digits_source, digits_calibration, trainer=trainer(digits, validation=0))
 
@@ -231,7 +242,7 @@ def test_train_chooses_too(digits_source: nn.Module, tmp_path: Path, capsys: pyt
 
 def test_augmentation_and_settings_reach_the_stages(digits: DataSet) -> None:
     way = dataclasses.replace(trainer(digits), augmentation=Augmentation(flip=True), folder=Path("here"))
-    stage = choosing._stage(way, "tune", epochs=3, **choosing.TUNED)
+    stage = choosing._stage(way, "tune", epochs=3, **TUNING)
     assert (stage.settings.epochs, stage.settings.optimiser, stage.settings.learning_rate) == (3, "adam", 1e-4)
     assert stage.folder == Path("here/tune")
     assert stage.augmentation.flip

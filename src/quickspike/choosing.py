@@ -15,7 +15,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from quickspike.api import convert, finish, fit, tune
+from quickspike.capture import copy_of
 from quickspike.conversion import SpikingNetwork
 from quickspike.coverage import Coverage
-from quickspike.data import Batches, ImageStream, image_batches
+from quickspike.data import Batches, ImageStream
 from quickspike.errors import DataError, OptionError
 from quickspike.evaluation import evaluate, make_fabric
 from quickspike.graph import Traced
@@ -34,8 +35,10 @@ from quickspike.neuron import MAX_STEPS
 from quickspike.options import option, validate
 from quickspike.piecewise import PIECES
 from quickspike.refinement import refinements_of
+from quickspike.searching import Candidate
 from quickspike.structure import first
 from quickspike.training import Trainer
+from quickspike.tuning import TUNING
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +48,6 @@ HELD_OUT = 4
 """One calibration image of so many measures in the rounds without training, and calibrates nothing."""
 FEWEST = 20
 """Calibration images that are needed to hold some out."""
-TUNED: Mapping[str, Any] = {"optimiser": "adam", "learning_rate": 1e-4, "weight_decay": 0.0, "schedule": "cosine"}
-"""Fine-tuning as published (arXiv 2008.03658, section IV), whatever the settings for the training from the source network are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ def choose(
         progress: called with every attempt.
 
     Raises:
-        DataError: too few calibration images.
+        DataError: unusable or too few calibration images.
         OptionError: a trainer without validation images.
         UnsupportedOperatorError: see `convert`.
     """
@@ -154,7 +155,7 @@ class _Rounds:
         self.progress = progress
         self.attempts: list[Attempt] = []
         self.reasons: list[str] = []
-        self.images = list(image_batches(calibration))
+        self.images = list(ImageStream(calibration))
         if trainer is None:
             self.fitted, self.measured = _held_out(self.images)
             self.answers = _answers(model, self.measured)
@@ -246,7 +247,7 @@ class _Rounds:
             return []
         started = time.perf_counter()
         teacher = self.model if trainer.settings.distill and trainer.teacher is None else trainer.teacher
-        snn = tune(best.network, _stage(trainer, "tune", epochs=epochs, **TUNED), teacher=teacher)
+        snn = tune(best.network, _stage(trainer, "tune", epochs=epochs, **TUNING), teacher=teacher)
         return [self._seen(f"{best.attempt.what} fine-tuned for {_count(epochs)}", snn, best.method, started, trained=True)]
 
     def _epochs(self, module: nn.Module, what: str, trainer: Trainer) -> int:
@@ -337,7 +338,7 @@ def _held_out(batches: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
 def _answers(model: nn.Module, images: Tensor) -> Tensor | None:
     """The classes that the source network chooses, `[N]`; None if it chooses none, one for each image."""
     like = next(model.parameters(), torch.empty(0))
-    source = copy.deepcopy(model).eval()
+    source = copy_of(model).eval()
     with torch.inference_mode():
         outputs = [first(source(part.to(like))) for part in torch.split(images, 100)]
     if outputs[0].ndim != 2 or outputs[0].shape[1] < 2:
@@ -348,9 +349,8 @@ def _answers(model: nn.Module, images: Tensor) -> Tensor | None:
 def _text(method: Method) -> str:
     """Method and what of it is not as usual."""
     usual = create(method.name, steps=method.steps)
-    names = [one.name for one in dataclasses.fields(method) if one.name not in ("steps", "sites", "refinements")]
-    changed = [f"{name}={value}" for name in names if (value := getattr(method, name)) != getattr(usual, name)]
-    return " ".join([method.name, *changed, *(f"| {one}" for one in method.refinements)])
+    names = [one.name for one in dataclasses.fields(method) if one.name not in ("steps", "sites")]
+    return str(Candidate(method.name, {name: value for name in names if (value := getattr(method, name)) != getattr(usual, name)}))
 
 
 def _count(epochs: int) -> str:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from quickspike.cli_options import DataArguments, Json, ModelName, Weights, candidate_of, typed
-from quickspike.cli_training import TUNING
 from quickspike.console import Tracked, TrainingWatcher, print_json, show
+from quickspike.tuning import TUNING
 
 if TYPE_CHECKING:
     from quickspike.conversion import SpikingNetwork

@@ -25,6 +25,7 @@ from quickspike.cli_options import (
     typed,
 )
 from quickspike.console import TrainingWatcher, print_json, show
+from quickspike.tuning import TUNING
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from quickspike.tuning import Tuning
 
 Help = tyro.conf.arg
-TUNING: dict[str, Any] = {"optimiser": "adam", "learning_rate": 1e-4, "weight_decay": 0.0, "schedule": "cosine"}
-"""Settings of fine-tuning where the user gives none (arXiv 2008.03658, section IV: Adam at 1e-4)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -231,8 +231,8 @@ def _prove_where_calm(double: Captured, got: Outputs) -> None:
             with torch.no_grad():
                 answer, again = double.source(probe.clone()), double.source(probe.clone())
                 moved = apart(again, double.source(probe * (1 + ROUNDED)))
-            # What differs from call to call is no matter of rounding.
-            if apart(answer, again) > 0 or moved <= CALM * _tolerance(double):
+            # What differs from call to call, or is no number, is no matter of rounding.
+            if not apart(answer, again) == 0 or not moved > CALM * _tolerance(double):
                 raise
     raise TraceError(
         f"{double.name} is chaotic: its answers move by {moved:.1e} of their size where its input moves by {ROUNDED:.0e} of its own, "

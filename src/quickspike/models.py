@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -282,7 +282,8 @@ def read_plain(path: Path, device: str | torch.device = "cpu") -> Any:
     with warnings.catch_warnings(), path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         warnings.simplefilter("ignore")  # about the pickle protocol; whether the file can be read is all that counts
         # Mapped, because an ordinary file that is asked for more than it has allocates that much first.
-        return torch.load(mapped, map_location=device, weights_only=True)  # type: ignore[arg-type]  # it reads and seeks like a file
+        # It reads and seeks like a file, but is none to the type checker.
+        return torch.load(cast(IO[bytes], mapped), map_location=device, weights_only=True)
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:

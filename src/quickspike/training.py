@@ -289,7 +289,13 @@ class Trainer:
         return _answers(self.fabric, module, "the reference")
 
     def calibration(self, images: int) -> DataLoader[Any]:
-        """The first training images that are not held out, as many as there are up to `images`, not augmented."""
+        """The first training images that are not held out, as many as there are up to `images`, not augmented.
+
+        Raises:
+            DataError: `images` is below 1.
+        """
+        if images < 1:
+            raise DataError(f"calibration needs at least one image, got {images}")
         kept = self._batches(self.settings).indices[:images].tolist()
         return DataLoader(Subset(self.data.train, kept), batch_size=BATCH, num_workers=self.data.workers)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,6 +12,10 @@ from quickspike.options import option, validate
 if TYPE_CHECKING:
     from quickspike.conversion import SpikingNetwork
     from quickspike.training import History, Train
+
+
+TUNING: Mapping[str, Any] = {"optimiser": "adam", "learning_rate": 1e-4, "weight_decay": 0.0, "schedule": "cosine"}
+"""Settings of fine-tuning where the user gives none (arXiv 2008.03658, section IV: Adam at 1e-4)."""
 
 
 @dataclass(frozen=True, kw_only=True)

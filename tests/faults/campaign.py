@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 # Threads would outnumber the cores, and a process that has some cannot be forked safely.
 os.environ.update(OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", MKL_NUM_THREADS="1")
@@ -391,7 +392,7 @@ def _instead_of_write_bytes(write: Callable[..., None]) -> None:
     original = files.write_bytes
     for module in list(sys.modules.values()):
         if getattr(module, "write_bytes", None) is original:
-            module.write_bytes = write  # type: ignore[attr-defined]
+            mock.patch.object(module, "write_bytes", write).start()
 
 
 def plain_write() -> None:
@@ -419,21 +420,21 @@ def forget_momentum() -> None:
     """A training goes on without what its optimiser had gathered."""
     import torch
 
-    torch.optim.Optimizer.load_state_dict = lambda self, state: None  # type: ignore[method-assign]
+    mock.patch.object(torch.optim.Optimizer, "load_state_dict", lambda self, state: None).start()
 
 
 def no_handler() -> None:
     """SIGTERM ends the process at once."""
     from quickspike import cli
 
-    cli._interrupts = lambda: contextlib.nullcontext([])  # type: ignore[assignment]
+    mock.patch.object(cli, "_interrupts", lambda: contextlib.nullcontext([])).start()
 
 
 def tracebacks() -> None:
     """A user's errors are shown as if they were mistakes of the program."""
     from quickspike import cli
 
-    cli._told = lambda error: None  # type: ignore[assignment]
+    mock.patch.object(cli, "_told", lambda error: None).start()
 
 
 PLANTS: dict[str, tuple[Setup, str, str]] = {
