@@ -1,11 +1,12 @@
 # make demo | make test | make check | make bench | make graphs | make faults | make fuzz | make setup | make clean
+# make oldest | make newest | make packages | make audit: other versions and packages, which need the network
 # Each sets up .venv first if that is not done yet; afterwards nothing needs the network.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check bench graphs faults fuzz setup clean
+.PHONY: demo test check bench graphs faults fuzz setup clean oldest newest packages audit
 
 demo: $(READY)
 	@$(BIN)/quickspike demo
@@ -43,6 +44,34 @@ faults: $(READY)
 fuzz: $(READY)
 	@$(BIN)/python tests/fuzz.py --out results/fuzz.json
 
+# All tests with the oldest versions that pyproject.toml allows, on the oldest Python, and with the newest that pip finds.
+OLDEST_PYTHON ?= python3.10
+NEWEST_PYTHON ?= $(PYTHON)
+
+oldest:
+	@$(OLDEST_PYTHON) -m venv --clear .venv-oldest
+	@.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
+	@.venv-oldest/bin/python -m pytest
+
+newest:
+	@$(NEWEST_PYTHON) -m venv --clear .venv-newest
+	@.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e '.[test]'
+	@.venv-newest/bin/python -m pytest
+
+# A source package, a wheel made from it, and the demo from that wheel with nothing but the base dependencies.
+packages: $(READY)
+	@rm -rf dist build
+	@$(BIN)/python -m build --outdir dist
+	@$(PYTHON) -m venv --clear .venv-wheel
+	@.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	@cd dist && ../.venv-wheel/bin/quickspike demo --out demo
+
+# Known weaknesses of everything that the tests ran with.
+audit: $(READY)
+	@$(PYTHON) -m venv --clear .venv-audit
+	@.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	@.venv-audit/bin/pip-audit --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" --skip-editable --strict
+
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -53,4 +82,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest .venv-wheel .venv-audit build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -43,12 +43,13 @@ class Captured:
     """Sizes of the axes behind the channels that the graph holds for; empty for all."""
 
 
-def capture(model: nn.Module, example: Tensor) -> Captured:
+def capture(model: nn.Module, example: Tensor, *, copied: bool = False) -> Captured:
     """Copy `model` and record its forward pass as a graph without in-place operations.
 
     Args:
         model: the source network; it is not modified, its training mode included.
         example: one batch of inputs `[B, ...]` of the network's own kind.
+        copied: `model` is a copy by `copy_of` already, which can be kept; large networks do not fit too often.
 
     Raises:
         DataError: the example is not a finite floating-point batch, or the network cannot run on it.
@@ -57,7 +58,7 @@ def capture(model: nn.Module, example: Tensor) -> Captured:
     check_batch(example, "the example")
     model = _unwrapped(model)
     name = type(model).__name__
-    private = copy_of(model)
+    private = model if copied else copy_of(model)
     parameter = next(private.parameters(), None)
     _refuse_names(private, name)
     _refuse_inputs(private, name)

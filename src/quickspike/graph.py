@@ -243,7 +243,7 @@ def _prove_where_calm(double: Captured, got: Outputs) -> None:
 def _in_double(captured: Captured) -> Captured | None:
     """The same network recorded in double precision; None where it cannot compute in it."""
     try:
-        return capture(copy.deepcopy(captured.source).double(), captured.example.double())
+        return capture(copy.deepcopy(captured.source).double(), captured.example.double(), copied=True)
     except (QuickspikeError, RuntimeError):
         return None
 
