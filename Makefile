@@ -45,7 +45,7 @@ fuzz: $(READY)
 	@$(BIN)/python tests/fuzz.py --out results/fuzz.json
 
 # All tests with the oldest versions that pyproject.toml allows, on the oldest Python, and with the newest that pip finds.
-OLDEST_PYTHON ?= python3.10
+OLDEST_PYTHON ?= python3.11
 NEWEST_PYTHON ?= $(PYTHON)
 
 oldest:
@@ -75,7 +75,7 @@ audit: $(READY)
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "quickspike needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; run: make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "quickspike needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; run: make PYTHON=python3.11")'
 	@echo "setting up .venv (some minutes the first time: torch is large)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,check]'

@@ -49,9 +49,11 @@ def mode_of(text: str) -> tuple[str, float]:
     return mode, float(scale or 1)
 
 
-def method_of(mode: str, scale: float, steps: int, fitted: int = 0, refinements: tuple[Refinement, ...] = ()) -> Method:
+def method_of(
+    mode: str, scale: float, steps: int, fitted: int = 0, refinements: tuple[Refinement, ...] = (), initial: float = 0.5
+) -> Method:
     kinds = {"signed": mode == "signed", "synchronous": mode == "synchronous"}
-    return create("threshold_balancing", steps=steps, scale=scale, fit_steps=fitted, refinements=refinements, **kinds)
+    return create("threshold_balancing", steps=steps, scale=scale, initial=initial, fit_steps=fitted, refinements=refinements, **kinds)
 
 
 def groups_of(mode: str, steps: Sequence[int], share: int | None) -> list[tuple[int, tuple[int, ...]]]:
@@ -85,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 16, 32, 64, 128])
     parser.add_argument("--modes", type=mode_of, nargs="+", default=[(mode, 1.0) for mode in MODES], metavar="MODE[:FACTOR]")
+    parser.add_argument("--initial", type=float, default=0.5, help="potential that neurons start from, in thetas")
     parser.add_argument("--calibration-images", type=int, default=1000)
     parser.add_argument("--share", type=int, help="conversions for more steps are the one for so many, run longer [default: none is]")
     parser.add_argument("--held-out", type=int, metavar="N", help="agreement on every N-th calibration image instead")
@@ -117,7 +120,7 @@ def main() -> None:
     for mode, scale, fitted, steps in todo:
         started = time.perf_counter()
         ceilings = min(fitted, options.share or fitted) if refinements else 0
-        snn = finish(ann, stream, method_of(mode, scale, fitted, ceilings, refinements))
+        snn = finish(ann, stream, method_of(mode, scale, fitted, ceilings, refinements, options.initial))
         converted = time.perf_counter() - started
         engine = "fused" if options.float else ENGINES[mode]
         if options.held_out:

@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import json
 import sys
+import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-try:
-    import tomllib
-except ModuleNotFoundError:
-    import tomli as tomllib
 
 RESULTS = Path(__file__).parent.parent / "results"
 KEYS = ("data", "steps", "accuracy", "network", "ann", "method", "stage", "evidence", "source")

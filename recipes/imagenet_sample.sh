@@ -9,6 +9,7 @@
 # OUT gets a folder for each network with a report MODE-T.json each and table.md. A run that was stopped goes on where it
 # stopped. MODES="..." and STEPS="..." run some only; CALIBRATION=N and IMAGES=N take fewer images, for a try;
 # REFINE="bias_correction:images=96,batch=4,rate=0.5" refines every network for its T (files MODE_refined-T.json, or of another LABEL);
+# INITIAL=0.6 is the potential that neurons start from, in thetas; FLOAT=1 leaves weights in floating point;
 # NETWORKS=squeezenet runs one of the two;
 # HELD_OUT=4 chooses: agreement with the source network on every fourth calibration image, which then calibrates nothing.
 set -euo pipefail
@@ -19,6 +20,8 @@ here=$(dirname "$0")
 common=(--steps ${STEPS:-8 16 32 64 128} --share 32 --calibration-images "${CALIBRATION:-1000}")
 [ -z "${IMAGES:-}" ] || common+=(--images "$IMAGES")
 [ -z "${REFINE:-}" ] || common+=(--refine $REFINE --label "${LABEL:-refined}")
+[ -z "${INITIAL:-}" ] || common+=(--initial "$INITIAL")
+[ -z "${FLOAT:-}" ] || common+=(--float)
 [ -z "${HELD_OUT:-}" ] || common+=(--held-out "$HELD_OUT")
 
 run() { # NAME FACTORY WEIGHTS preprocessing...

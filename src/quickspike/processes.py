@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from subprocess import Popen
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +36,33 @@ def start(device: str = "auto", precision: str = "32-true", devices: int = 1, no
     """
     _check_number(devices, nodes)
     fabric = make_fabric(device, precision, devices, nodes, strategy)
-    fabric.launch()
+    with _stdout_kept():
+        fabric.launch()
     children: Sequence[Popen[bytes]] = getattr(fabric.strategy.launcher, "procs", ())
     if children:
         _Watch(children).start()
     return fabric
+
+
+@contextlib.contextmanager
+def _stdout_kept() -> Iterator[None]:
+    """What libraries print goes to stderr: older versions of Gloo tell on stdout, below Python, how many peers they found.
+
+    The processes that are started meanwhile keep stderr for both; only the first one prints results.
+    """
+    try:
+        kept = os.dup(1)
+    except OSError:  # closed
+        yield
+        return
+    sys.stdout.flush()
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _check_number(devices: int, nodes: int) -> None:

@@ -7,8 +7,8 @@ import dataclasses
 import hashlib
 import json
 import statistics
-import sys
 import time
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,11 +35,6 @@ from quickspike.provenance import commit, digest, machine, versions
 from quickspike.refinement import refinements_of
 from quickspike.training import Silent, Trainer, Training, Watcher, start_anew
 from quickspike.tuning import Tuning
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

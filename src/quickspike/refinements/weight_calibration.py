@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -68,6 +69,9 @@ class WeightCalibration(Refinement):
     learning_rate: float = option(
         1e-3, "of the first step; falls to 0 along a cosine; a tenth of it, and so on, if the loss rises", low=0, high=1, low_open=True
     )
+    warmup: float = option(
+        0.0, "share of the steps in which the learning rate rises from 0, for networks without batch norm", low=0, high=1
+    )
     reach: Literal["layer", "network"] = option(
         "layer", "what the loss of a layer of neurons moves: the weights next to it, or all in front of it"
     )
@@ -123,10 +127,11 @@ class WeightCalibration(Refinement):
     ) -> bool:
         """Take all steps at this learning rate; False, and after the first few, if the loss rises above that of `unchanged` weights.
 
-        Without batch norm one step on weights of like sign moves currents by as much as they are.
+        Without batch norm one step on weights of like sign moves currents by as much as they are, and the first ones of Adam
+        are as long as its later ones, whatever the gradients: `warmup` makes them short.
         """
         optimiser = torch.optim.Adam(parameters, rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.iterations)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, self._share)
         losses: list[float] = []
         with torch.enable_grad():
             steps = track(range(self.iterations), "calibrating weights")
@@ -140,6 +145,11 @@ class WeightCalibration(Refinement):
                 if len(losses) == min(FIRST, self.iterations) and not sum(losses[-COMPARED:]) <= RISEN * sum(unchanged):
                     return False
         return bool(torch.stack([parameter.isfinite().all() for parameter in parameters]).all())
+
+    def _share(self, step: int) -> float:
+        """Of the learning rate, at a step."""
+        rising = math.ceil(self.warmup * self.iterations)
+        return min(1.0, (step + 1) / max(1, rising)) * (1 + math.cos(math.pi * step / self.iterations)) / 2
 
     def _batches(self, snn: SpikingNetwork, images: ImageStream, windows: bool) -> Iterator[Tensor]:
         everything = torch.cat([batch.cpu() for batch in images.some(self.images)])
