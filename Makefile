@@ -1,4 +1,5 @@
 # make demo | make test | make check | make bench | make graphs | make faults | make fuzz | make setup | make clean
+# make coverage | make mutants: what the tests run, and what they notice
 # make oldest | make newest | make packages | make audit: other versions and packages, which need the network
 # Each sets up .venv first if that is not done yet; afterwards nothing needs the network.
 
@@ -6,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check bench graphs faults fuzz setup clean oldest newest packages audit
+.PHONY: demo test check bench graphs faults fuzz coverage mutants setup clean oldest newest packages audit
 
 demo: $(READY)
 	@$(BIN)/quickspike demo
@@ -43,6 +44,18 @@ faults: $(READY)
 # Spoiled files, recipes and images: each is read as what it is, or refused by name.
 fuzz: $(READY)
 	@$(BIN)/python tests/fuzz.py --out results/fuzz.json
+
+# Lines of src that the tests run; numba, triton and other processes run some that are not seen.
+coverage: $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check pytest-cov
+	@$(BIN)/python -m pytest --cov=quickspike --cov-report=term-missing:skip-covered --cov-fail-under=95
+
+MUTANTS ?= 300
+
+# Small changes of what matters most, drawn: how many does a test notice?
+mutants: $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check mutmut
+	@$(BIN)/python tests/mutants.py --number $(MUTANTS)
 
 # All tests with the oldest versions that pyproject.toml allows, on the oldest Python, and with the newest that pip finds.
 OLDEST_PYTHON ?= python3.11

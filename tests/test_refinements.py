@@ -521,6 +521,25 @@ def test_steps_that_are_too_large_are_taken_back(images: Tensor, caplog: pytest.
     assert all(torch.equal(one, other) for one, other in zip(snn.state_dict().values(), direct.state_dict().values(), strict=True))
 
 
+def test_the_learning_rate_of_weights_rises_and_falls(images: Tensor) -> None:
+    plain, warm = (qs.refinements.WeightCalibration(iterations=20, warmup=share) for share in (0.0, 0.25))
+    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 20)
+    for step in range(20):
+        wanted = cosine.get_last_lr()[0]
+        assert plain._share(step) == pytest.approx(wanted)
+        assert warm._share(step) == pytest.approx(min(1, (step + 1) / 5) * wanted)
+        optimiser.step()
+        cosine.step()
+    # The first step of Adam is as long as the learning rate.
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(128, 12), nn.ReLU(), nn.Linear(12, 4)).eval()
+    options = {"iterations": 2, "learning_rate": 1e-5}
+    ends = [qs.convert(net, images, balanced(4) | qs.refinements.WeightCalibration(warmup=share, **options)) for share in (0.0, 1.0)]
+    moved = [float((end.network.get_parameter("1.weight") - net[1].weight).detach().abs().max()) for end in ends]
+    assert 0 < moved[1] < 0.8 * moved[0]
+
+
 def test_weights_that_no_rate_improves_are_left_as_they_were(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quickspike.refinements.weight_calibration.RISEN", 0.0)
     torch.manual_seed(0)
