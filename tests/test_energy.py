@@ -11,7 +11,7 @@ from torch import Tensor
 
 import quickspike as qs
 from quickspike.claims import CLAIMS, E_AC, E_MAC, claim_of, energy_ratio, filled_in, mean_spikes, relative_spikes
-from quickspike.energy import energy_of
+from quickspike.energy import Account, Device, energy_of
 from quickspike.errors import OptionError, UnknownNameError
 from quickspike.operations import Counts, Operations, count_operations
 
@@ -214,3 +214,87 @@ def test_published_figures_come_out_of_their_formulas() -> None:
         relative_spikes(5, 0)
     with pytest.raises(UnknownNameError, match="diet_snn"):
         claim_of("diet_sn")
+
+
+ROWS = (
+    Counts("conv", "layer", dense=1000, multiplies=900, biases=7, source_biases=5),
+    Counts("fc", "layer", dense=300, accumulates=200, biases=3, source_biases=2),
+    Counts("relu", "neurons", updates=64, leaks=11, spikes=13),
+)
+NEITHER = "routing of spikes and idle power are not counted"
+POOLS = "average pooling is folded into the layer behind it"
+CACHE = "memory: every operand comes from a cache of 32 KiB, nothing is reused"
+OWN = "chip has no figure of memory apart from the others: the account memory adds nothing"
+ELSEWHERE = "chip does not multiply: layers that read real values, and the source network, cost as on 45nm_fp32"
+FREE = "biases, leaks, updates and resets of neurons cost nothing in this account"
+
+
+@pytest.mark.parametrize(
+    ("device", "account", "parts", "source", "caveats"),
+    [
+        (
+            Device("chip", add=2, multiply=8, source="", access=0.5),
+            "papers",
+            {"multiply-accumulates": 9000, "accumulates": 400},
+            13000,
+            (f"memory traffic, {NEITHER}", POOLS, "layers that read the image multiply, once", FREE),
+        ),
+        (
+            Device("chip", add=2, multiply=8, source="", access=0.5),
+            "conservative",
+            {"multiply-accumulates": 9000, "accumulates": 400, "biases": 20, "leaks": 88, "updates": 128, "resets": 26},
+            13014,
+            (f"memory traffic, {NEITHER}", POOLS, "layers that read the image multiply, once"),
+        ),
+        (
+            Device("chip", add=2, multiply=8, source="", access=0.5),
+            "memory",
+            # Words: 2 x 900 + 3 x 200 + 2 x 64.
+            {"multiply-accumulates": 9000, "accumulates": 400, "biases": 20, "leaks": 88, "updates": 128, "resets": 26, "memory": 1264},
+            14314,
+            (NEITHER, POOLS, CACHE, "layers that read the image multiply, once"),
+        ),
+        (
+            Device("chip", add=2, multiply=None, source="", update=5),
+            "memory",
+            # 4.6 pJ for a multiply-accumulate and 0.9 for an addition on 45nm_fp32.
+            {"multiply-accumulates": 4140, "accumulates": 400, "biases": 20, "leaks": 0, "updates": 320, "resets": 0},
+            5986.3,
+            (NEITHER, POOLS, OWN, "layers that read the image multiply, once", ELSEWHERE),
+        ),
+    ],
+    ids=["papers", "conservative", "memory", "no multiplier"],
+)
+def test_every_account_by_hand(device: Device, account: Account, parts: dict[str, float], source: float, caveats: tuple[str, ...]) -> None:
+    found = energy_of(Operations(ROWS, images=1, steps=4, first="once"), device, account)
+    assert (found.device, found.account, found.caveats) == ("chip", account, caveats)
+    assert found.parts == pytest.approx(parts)
+    assert (found.spiking, found.source) == pytest.approx((sum(parts.values()), source))
+    assert found.ratio == pytest.approx(source / sum(parts.values()))
+    assert found.to_json() == {
+        "device": "chip",
+        "account": account,
+        "spiking": found.spiking,
+        "source": found.source,
+        "parts": found.parts,
+        "caveats": caveats,
+        "ratio": found.ratio,
+    }
+
+
+def test_defaults_and_limits_of_energy() -> None:
+    operations = Operations(ROWS, images=1, steps=4, first="every step")
+    found = energy_of(operations)
+    assert (found.device, found.account) == ("45nm_fp32", "conservative")
+    assert "layers that read the image multiply, at each of 4 steps" in found.caveats
+    with pytest.raises(OptionError, match=r"^account must be papers, conservative or memory, got 'all'$"):
+        energy_of(operations, account="all")
+    for name in ("add", "multiply", "update", "access"):
+        Device(**{"name": "chip", "add": 1, "multiply": 1, "source": "", name: 0})
+        for wrong in (-1e-9, math.inf, math.nan):
+            with pytest.raises(OptionError, match=rf"^device chip: {name} must be a number of pJ >= 0, got {wrong!r}$"):
+                Device(**{"name": "chip", "add": 1, "multiply": 1, "source": "", name: wrong})
+    silent = energy_of(Operations((Counts("conv", "layer", dense=10),), images=1, steps=1, first="once"), account="papers")
+    assert silent.ratio == math.inf
+    assert silent.to_json()["ratio"] is None
+    assert not any("read the image" in caveat for caveat in silent.caveats)
