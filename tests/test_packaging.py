@@ -26,9 +26,9 @@ BASE = [Requirement(text) for text in PROJECT["dependencies"]]
 EXTRAS = {name: [Requirement(text) for text in texts] for name, texts in PROJECT["optional-dependencies"].items()}
 
 IMPORT_ALL = """
-import importlib.util, json, pkgutil, sys
+import importlib.metadata, importlib.util, json, pkgutil, sys
 
-barred = set(json.loads(sys.argv[1]))
+barred, absent = map(set, json.loads(sys.argv[1]))
 
 class Barrier:
     def find_spec(self, name, path=None, target=None):
@@ -38,6 +38,14 @@ class Barrier:
 sys.meta_path.insert(0, Barrier())
 look = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name.partition(".")[0] in barred else look(name, package)
+ask = importlib.metadata.distribution
+
+def distribution(name):
+    if name.lower().replace("_", "-") in absent:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return ask(name)
+
+importlib.metadata.distribution = distribution
 import quickspike
 names = [module.name for module in pkgutil.walk_packages(quickspike.__path__, "quickspike.")]
 missing = {}
@@ -72,7 +80,10 @@ def with_what_it_needs(requirements: list[Requirement]) -> set[str]:
 
 def imports_without(barred: set[str]) -> tuple[int, dict[str, str]]:
     """(modules of the package, those that do not import with the name of the module that they miss)."""
-    ran = subprocess.run([sys.executable, "-c", IMPORT_ALL, json.dumps(sorted(barred))], capture_output=True, text=True, check=True)
+    owners = metadata.packages_distributions()
+    absent = {canonicalize_name(owner) for module in barred for owner in owners.get(module, ())}
+    given = json.dumps([sorted(barred), sorted(absent)])
+    ran = subprocess.run([sys.executable, "-c", IMPORT_ALL, given], capture_output=True, text=True, check=True)
     count, missing = json.loads(ran.stdout)
     return count, missing
 
