@@ -31,8 +31,8 @@ from quickspike.provenance import commit, machine, versions
 SHORT, LONG, SIZE, SEED, IMAGES = 16, 256, 64, 0, 8
 LIMIT = 240
 """Seconds for one network. At T = 256 the largest take minutes, and the whole of it is to take an hour."""
-MEMORY = 20 * 2**30
-"""Bytes that a process may take: one that wants more fails by itself, before the system ends something else."""
+MEMORY = 20
+"""GiB that a process may take: one that wants more fails by itself, before the system ends something else."""
 TIMM_WANTED = 45
 """Networks of timm that are to convert."""
 FAMILIES = {
@@ -163,12 +163,12 @@ def fill_row(row: dict[str, Any], tell: Any = lambda row: None) -> None:
             del snn
 
 
-def _worker(source: str, name: str, connection: Any) -> None:
+def _worker(source: str, name: str, connection: Any, memory: int) -> None:
     import logging
 
     logging.disable(logging.WARNING)
     if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_DATA, (memory * 2**30, memory * 2**30))
     row: dict[str, Any] = {"source": source, "name": name}
     try:
         fill_row(row, connection.send)
@@ -184,11 +184,11 @@ def failed(row: dict[str, Any], reason: str) -> dict[str, Any]:
     return {"status": "refused", "analog_attempt": reason} if "refused" in row else {"status": "failed", "reason": reason}
 
 
-def in_own_process(source: str, name: str, limit: float) -> dict[str, Any]:
+def in_own_process(source: str, name: str, limit: float, memory: int = MEMORY) -> dict[str, Any]:
     """The row, as far as it came within `limit` seconds."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_worker, args=(source, name, sender))
+    process = context.Process(target=_worker, args=(source, name, sender, memory))
     process.start()
     sender.close()
     end = time.monotonic() + limit
@@ -278,6 +278,7 @@ def main() -> None:
     parser.add_argument("--source", nargs="+", default=["torchvision", "timm"], choices=["torchvision", "timm"])
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of names")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for one network")
+    parser.add_argument("--memory", type=int, default=MEMORY, help="GiB for one network")
     parser.add_argument("--out", type=Path, default=Path("results/zoo.json"))
     parser.add_argument("--page", type=Path, help="also write the table there")
     options = parser.parse_args()
@@ -290,7 +291,7 @@ def main() -> None:
         if one not in done and any(fnmatch.fnmatch(one[1], pattern) for pattern in options.only)
     ]
     for number, (source, name) in enumerate(left, 1):
-        row = in_own_process(source, name, options.limit)
+        row = in_own_process(source, name, options.limit, options.memory)
         rows = [old for old in rows if (old["source"], old["name"]) != (source, name)] + [row]
         write_text(options.out, json.dumps({"rows": rows}, indent=1) + "\n")
         shown = row.get(f"error_{LONG}", row.get("refused", row.get("reason", "")))

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import quickspike as qs
+from quickspike.capture import capture
 from quickspike.errors import DataError, QuickspikeError, TraceError, UnsupportedOperatorError
+from quickspike.memory import out_of_memory
 from quickspike.operators import FUNCTION_NAMES, MAX_POOLS, Affine
 from quickspike.rewrite import fold_batch_norm
 
@@ -1586,6 +1588,24 @@ def test_a_fault_in_a_network_that_blows_rounding_up_is_still_found(monkeypatch)
     monkeypatch.setattr("quickspike.graph.fold_batch_norm", wrong)
     with pytest.raises(TraceError, match="does not compute what the network computes"):
         qs.trace(Tents(26).eval(), torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_no_memory_for_double_precision_is_no_fault_of_the_graph(wrapped, monkeypatch):
+    def full(model, example, **more):
+        if example.dtype != torch.float64:
+            return capture(model, example, **more)
+        try:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        except RuntimeError as error:
+            if wrapped:
+                raise DataError("the network cannot run on an input of shape [1]") from error
+            raise
+
+    monkeypatch.setattr("quickspike.graph.capture", full)
+    with pytest.raises(DataError if wrapped else RuntimeError) as caught:
+        qs.trace(Tents(40).eval(), torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(0)))
+    assert out_of_memory(caught.value)
 
 
 def test_a_network_whose_answers_rounding_decides_is_refused_as_such():

@@ -14,6 +14,7 @@ from quickspike.capture import Captured, Recorder, capture, measure, run_recorde
 from quickspike.classify import activate, classify
 from quickspike.coverage import Coverage, Finding
 from quickspike.errors import QuickspikeError, TraceError
+from quickspike.memory import out_of_memory
 from quickspike.operators import ReLU
 from quickspike.piecewise import PIECES
 from quickspike.rewrite import fold_batch_norm, move_max_pools, put_lines, remove_dropout
@@ -241,10 +242,16 @@ def _prove_where_calm(double: Captured, got: Outputs) -> None:
 
 
 def _in_double(captured: Captured) -> Captured | None:
-    """The same network recorded in double precision; None where it cannot compute in it."""
+    """The same network recorded in double precision; None where it cannot compute in it.
+
+    Raises:
+        RuntimeError, DataError: there is no memory for it, which says nothing about the network.
+    """
     try:
         return capture(copy.deepcopy(captured.source).double(), captured.example.double(), copied=True)
-    except (QuickspikeError, RuntimeError):
+    except (QuickspikeError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         return None
 
 
