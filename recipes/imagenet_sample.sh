@@ -9,7 +9,8 @@
 # OUT gets a folder for each network with a report MODE-T.json each and table.md. A run that was stopped goes on where it
 # stopped. MODES="..." and STEPS="..." run some only; CALIBRATION=N and IMAGES=N take fewer images, for a try;
 # REFINE="bias_correction:images=96,batch=4,rate=0.5" refines every network for its T (files MODE_refined-T.json, or of another LABEL);
-# INITIAL=0.6 is the potential that neurons start from, in thetas; SHARE=64 conversions for more steps are those for so many; FLOAT=1 leaves weights in floating point;
+# INITIAL=0.6 is the potential that neurons start from, in thetas; with SHARE=64 conversions for more steps are those for so many;
+# FLOAT=1 leaves weights in floating point;
 # NETWORKS=squeezenet runs one of the two;
 # HELD_OUT=4 chooses: agreement with the source network on every fourth calibration image, which then calibrates nothing.
 set -euo pipefail

@@ -51,8 +51,9 @@ def _stdout_kept() -> Iterator[None]:
     The processes that are started meanwhile keep stderr for both; only the first one prints results.
     """
     try:
+        os.fstat(2)
         kept = os.dup(1)
-    except OSError:  # closed
+    except OSError:  # one of them is closed
         yield
         return
     sys.stdout.flush()
