@@ -415,9 +415,15 @@ def test_old_rows_keep_their_own_origin(tmp_path: Path, monkeypatch: pytest.Monk
     old = [zoo_row("resnet18", commit="old"), zoo_row("vgg11", "failed", commit="old"), zoo_row("alexnet", commit="old")]
     out.write_text(json.dumps({"rows": old}))
     asked: list[str] = []
-    monkeypatch.setattr(zoo, "in_own_process", lambda source, name, limit: asked.append(name) or zoo_row(name, commit="new"))
+
+    def row(source: str, name: str, limit: float, memory: int) -> dict[str, Any]:
+        asked.append(name)
+        assert memory == 3
+        return zoo_row(name, commit="new")
+
+    monkeypatch.setattr(zoo, "in_own_process", row)
     only = ("resnet18", "vgg11", "alexnet", "squeezenet1_0")
-    run_main(zoo, monkeypatch, "--source", "torchvision", "--only", *only, "--out", out, "--page", tmp_path / "zoo.md")
+    run_main(zoo, monkeypatch, "--source", "torchvision", "--memory", 3, "--only", *only, "--out", out, "--page", tmp_path / "zoo.md")
     assert asked == ["squeezenet1_0", "vgg11"]  # from small to large
     rows = {row["name"]: row["commit"] for row in json.loads(out.read_text())["rows"]}
     assert rows == {"resnet18": "old", "alexnet": "old", "squeezenet1_0": "new", "vgg11": "new"}
