@@ -19,7 +19,7 @@ from quickspike.data import ImageStream
 from quickspike.errors import ConversionError, DataError, OptionError
 from quickspike.graph import Site, Traced, swap, trace
 from quickspike.method import all_methods, create
-from quickspike.neuron import AccumulatedMaxPool, Neuron, NeuronParameters, Repeat
+from quickspike.neuron import MAX_STEPS, AccumulatedMaxPool, Neuron, NeuronParameters, Repeat
 from quickspike.simulation import Run, simulate
 
 Make = Callable[..., qs.SpikingNetwork]
@@ -290,6 +290,55 @@ def test_with_steps_leaves_the_original_alone_and_refuses_nonsense(dyadic: Make,
     for bad in (0, -1, 1.5, True, "4"):
         with pytest.raises(OptionError, match="steps"):
             snn.with_steps(bad)
+
+
+@pytest.mark.parametrize(
+    ("derived", "changed"),
+    [
+        (lambda snn: snn.as_synchronous(), lambda neuron: neuron.averaged),
+        (lambda snn: snn.as_signed(), lambda neuron: neuron.signed),
+        (lambda snn: snn.with_reset("zero"), lambda neuron: neuron.to_zero),
+    ],
+    ids=["synchronous", "signed", "reset"],
+)
+def test_what_is_derived_leaves_the_original_alone(
+    derived: Callable[[qs.SpikingNetwork], qs.SpikingNetwork], changed: Callable[[Neuron], bool], dyadic: Make
+) -> None:
+    snn = dyadic("concat", 4)
+    other = derived(snn)
+    assert all(changed(neuron) for neuron in other.neurons().values())
+    assert not any(changed(neuron) for neuron in snn.neurons().values())
+    with torch.no_grad():
+        other.neuron("relu").threshold.zero_()
+    assert snn.neuron("relu").threshold.min() > 0
+
+
+def test_what_has_no_place_for_first_runs_says_so(digits_source: nn.Module, digits_calibration: Tensor) -> None:
+    snn = qs.convert(digits_source, digits_calibration, qs.methods.ThresholdBalancing(steps=4) | qs.refinements.OffsetShift())
+    (first, *_) = snn.neurons()
+    for what, derive in {
+        "a synchronous network": snn.as_synchronous,
+        "a network that takes spikes back": snn.as_signed,
+        "a reset to 0": lambda: snn.with_reset("zero"),
+    }.items():
+        with pytest.raises(
+            OptionError, match=rf"^{what} has no place for neurons that go through the first steps twice \({first}\); convert "
+        ):
+            derive()
+
+
+def test_steps_go_up_to_their_limit(dyadic: Make) -> None:
+    assert dyadic("concat", 1).with_steps(MAX_STEPS).steps == MAX_STEPS
+    with pytest.raises(OptionError, match="steps"):
+        dyadic("concat", 1).with_steps(MAX_STEPS + 1)
+
+
+def test_neurons_have_the_surrogate_that_is_given_or_that_of_the_method(digits_source: nn.Module, digits_calibration: Tensor) -> None:
+    own, given = create("diet_snn", steps=2).surrogate(), qs.Surrogate("arctan", 0.7, 0.4)
+    assert own not in (qs.Surrogate(), given)
+    for surrogate, wanted in ((None, own), (given, given)):
+        snn = qs.convert(digits_source, digits_calibration, "diet_snn", steps=2, surrogate=surrogate)
+        assert {neuron.surrogate for neuron in snn.neurons().values()} == {wanted}
 
 
 def test_amplitudes_fold_into_the_next_weights(random_snn: Make, random_images: Images) -> None:

@@ -19,7 +19,7 @@ from quickspike.api import tune
 from quickspike.data import DataSet
 from quickspike.evaluation import make_fabric
 from quickspike.graph import Site
-from quickspike.methods.ultra_low_latency import UltraLowLatency, losses, search, staircase
+from quickspike.methods.ultra_low_latency import Criterion, UltraLowLatency, losses, search, staircase
 from quickspike.neuron import Neuron, NeuronParameters, Surrogate
 from quickspike.training import History, Trainer, Training
 from quickspike.tuning import Tuning
@@ -129,6 +129,22 @@ def least_beta(theta: float, steps: int, percentiles: list[float] = QUANTILES, m
     square = sum(h * h for h in heights)
     exact = sum(min(p, mu) * h for p, h in zip(percentiles, heights, strict=True)) / square if square else 0.0
     return round(100 * min(max(exact, 0.0), 2.0)) / 100
+
+
+@pytest.mark.parametrize("criterion", ["squared", "signed"])
+@pytest.mark.parametrize("initial", [0.0, 0.25, 0.5])
+def test_the_search_minds_criterion_and_start(criterion: Criterion, initial: float) -> None:
+    """Against all pairs, one by one; the loss of the pair that is found is the least that any has."""
+    percentiles, steps = tensor(QUANTILES), 3
+    theta, beta = search(percentiles, MU, steps, criterion, initial)
+
+    def loss(theta: float, beta: float) -> float:
+        counts = [sum(p > theta * (n - initial) / steps for n in range(1, steps + 1)) for p in QUANTILES]
+        errors = [min(max(p, 0.0), MU) - beta * theta * count / steps for p, count in zip(QUANTILES, counts, strict=True)]
+        return abs(sum(errors)) if criterion == "signed" else sum(error * error for error in errors)
+
+    pairs = [(MU, 1.0), *((p, hundredths / 100) for p in QUANTILES if 0 < p <= MU for hundredths in range(201))]
+    assert loss(theta, beta) == pytest.approx(min(loss(*pair) for pair in pairs), abs=1e-9)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 10, 50])
