@@ -55,7 +55,7 @@ MUTANTS ?= 300
 # Small changes of what matters most, drawn: how many does a test notice?
 mutants: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check mutmut
-	@$(BIN)/python tests/mutants.py --number $(MUTANTS)
+	@$(BIN)/python tests/mutants.py --number $(MUTANTS) --out results/mutants.json
 
 # All tests with the oldest versions that pyproject.toml allows, on the oldest Python, and with the newest that pip finds.
 OLDEST_PYTHON ?= python3.11
