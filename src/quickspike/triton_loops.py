@@ -152,7 +152,8 @@ def backward(
         to_theta -= e * m * inverse + tl.where(spikes, dv, 0.0)
         to_height += gradient if unscaled else tl.where(spikes, gradient, 0.0)
         dv += e
-        before = tl.load(potentials + place + (t - 1) * row, inside & (t > 0), 0.0)
+        # Compared as a tensor: the interpreter of Triton 3.9 makes a number of `inside & (t > 0)`, which is no mask.
+        before = tl.load(potentials + place + (t - 1) * row, inside & (t + tl.zeros((size,), tl.int32) > 0), 0.0)
         earlier = tl.where(t > 0, before - tl.where(before >= fa, th, 0.0), begin)
         to_leak += dv * earlier
         if constant:
