@@ -97,7 +97,9 @@ def main() -> int:
         head = {"command": f"python tests/mutants.py --number {options.number} --seed {options.seed}", "of": len(everything), **about}
         head |= {"commit": commit(), "versions": versions(), "machine": machine()}
         options.out.write_text(json.dumps(head | {"tried": rows}, indent=1) + "\n", encoding="utf-8")
-    print(f"{len(rows)} of {len(everything)} changes: {dict(about['total'])}, {about['killed']} % noticed, {about['interval']}")  # noqa: T201
+    counts = ", ".join(f"{count} {what}" for what, count in about["total"].items())
+    low, high = about["interval"]
+    sys.stdout.write(f"{len(rows)} of {len(everything)} changes: {counts}; {about['killed']} % noticed ({low} to {high})\n")
     return 0 if about["killed"] >= 85 and not about["total"]["not run"] else 1
 
 

@@ -231,6 +231,26 @@ def test_a_process_that_dies_ends_the_run_and_is_named(die: str, command: str, l
         assert "Signal 9 (SIGKILL)" in said
 
 
+def test_what_libraries_print_while_processes_start_goes_to_stderr() -> None:
+    """Below Python, as Gloo does; a stderr that is closed hinders nobody, and stdout is what it was afterwards, errors or not."""
+    program = """
+import contextlib, os, sys
+from quickspike.processes import _stdout_kept
+if sys.argv[1] == "closed":
+    os.close(2)
+print("before")
+with contextlib.suppress(ValueError), _stdout_kept():
+    os.write(1, b"gloo\\n")
+    raise ValueError
+print("after")
+"""
+    ran = {
+        how: subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, check=True) for how in ("open", "closed")
+    }
+    assert (ran["open"].stdout, ran["open"].stderr) == ("before\nafter\n", "gloo\n")
+    assert sorted(ran["closed"].stdout.split()) == ["after", "before", "gloo"]
+
+
 def test_an_end_that_comes_a_little_late_is_still_reported(capsys: pytest.CaptureFixture[str]) -> None:
     """Sockets of a killed process close before it can be waited for."""
     late = subprocess.Popen([sys.executable, "-c", "import os, time; time.sleep(0.5); os.kill(os.getpid(), 9)"])
