@@ -3,11 +3,11 @@
     python bench/many_steps.py MODEL WEIGHTS DATA --mean M... --std S... [--resize N] [--bgr] [--steps 8 16 32 64 128]
         [--modes streaming:0.85 signed synchronous] [--calibration-images 1000] [--share 32] [--held-out N] [--out FOLDER]
 
-A mode is streaming, signed (neurons take spikes back) or synchronous (layers wait for whole windows), with the factor on
-every ceiling behind it. Ceilings depend on T, the activations that they are drawn from do not: the images are gone through
-once. Each T has a conversion of its own, but those above --share take the one for that many steps and run longer, all in
-one simulation. Weights have 8 bits: synchronous networks run on the engine `count`, whose time does not depend on T, streaming
-ones on `integer`. Spikes that are taken back are no bytes, so that `signed` stays in floating point, as all do with --float.
+A mode is streaming, signed (neurons take spikes back), synchronous (layers wait for whole windows) or weighted (likewise, and the
+spike of step t counts 2^(T-t) times as much as the last; T up to 8), with the factor on every ceiling behind it. Ceilings depend on
+T, the activations that they are drawn from do not: the images are gone through once. Each T has a conversion of its own, but
+those above --share take the one for that many steps and run longer, all in one simulation. Weights have 8 bits: synchronous and weighted networks run on the engine `count`, whose time does not depend on T,
+streaming ones on `integer`. Spikes that are taken back are no bytes, so that `signed` stays in floating point, as all do with --float.
 
 With --held-out every N-th calibration image calibrates nothing, and the agreement with the source network on these is
 shown instead: this is how the factors are chosen, without a look at the test images. With --refine each T has a conversion
@@ -37,8 +37,9 @@ from quickspike.method import Method, create
 from quickspike.provenance import commit
 from quickspike.refinement import Refinement, refinements_of
 
-ENGINES: dict[str, Engine] = {"streaming": "integer", "signed": "fused", "synchronous": "count"}
+ENGINES: dict[str, Engine] = {"streaming": "integer", "signed": "fused", "synchronous": "count", "weighted": "count"}
 MODES = tuple(ENGINES)
+KINDS = tuple(mode for mode in MODES if mode != "streaming")
 
 
 def mode_of(text: str) -> tuple[str, float]:
@@ -52,13 +53,13 @@ def mode_of(text: str) -> tuple[str, float]:
 def method_of(
     mode: str, scale: float, steps: int, fitted: int = 0, refinements: tuple[Refinement, ...] = (), initial: float = 0.5
 ) -> Method:
-    kinds = {"signed": mode == "signed", "synchronous": mode == "synchronous"}
+    kinds = {kind: kind == mode for kind in KINDS}
     return create("threshold_balancing", steps=steps, scale=scale, initial=initial, fit_steps=fitted, refinements=refinements, **kinds)
 
 
 def groups_of(mode: str, steps: Sequence[int], share: int | None) -> list[tuple[int, tuple[int, ...]]]:
     """(steps that ceilings are fitted for, steps to read out after), one simulation each; windows cannot be cut short."""
-    if share is None or mode == "synchronous":
+    if share is None or mode in ("synchronous", "weighted"):
         return [(step, (step,)) for step in steps]
     long = tuple(step for step in steps if step >= share)
     return [*((step, (step,)) for step in steps if step < share), *([(share, long)] if long else [])]

@@ -7,7 +7,7 @@ whose sum is the error, element by element:
     inherited      act(z at the place that wins the max-pooling without spikes) - act(z without spikes)
     max-pooling    act(z) - act(z at that place): the pool takes the largest of values that err in both directions
     clipping       min(act(z), ceiling) - act(z): nothing above the ceiling can be expressed
-    quantisation   staircase(z) - min(act(z), ceiling): what the neuron gives for the constant current z, T + 1 levels
+    quantisation   staircase(z) - min(act(z), ceiling): what the neuron gives for the constant current z, T + 1 levels (2^T weighted)
     unevenness     integrate-and-fire of the currents as they came - staircase(z): they came in another order than evenly
     neuron         output - that: what a neuron does that is not integrating, firing and subtracting theta; else 0
 
@@ -32,7 +32,7 @@ from torch import Tensor, fx
 from quickspike.conversion import SpikingNetwork
 from quickspike.data import Batches, labelled_batches
 from quickspike.errors import ConversionError, DataError, OptionError
-from quickspike.neuron import AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, Timed, integrate, unfold
+from quickspike.neuron import AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, Timed, integrate, unfold, weighted_spikes
 from quickspike.operators import FUNCTION_NAMES
 from quickspike.structure import first
 
@@ -265,6 +265,8 @@ def replay(neuron: Neuron, current: Tensor, steps: int) -> Tensor:
     constant = neuron.constant_input or neuron.averaged
     if neuron.averaged and not neuron.constant_input:
         current = unfold(current, steps).mean(0)
+    if neuron.weighted:
+        return weighted_spikes(current, neuron.initial * theta, theta, _height(neuron), steps, strict=neuron.strict)
     return integrate(
         *(current, neuron.initial * theta, theta, leak, _height(neuron), steps),
         constant=constant,
@@ -335,7 +337,12 @@ def _add(sums: _Sums, snn: SpikingNetwork, node: fx.Node, spiking: _Spiking, pla
     height = _height(neuron)
     here, there = activation(neuron, z, ceiling), activation(neuron, at_winner, ceiling)
     clipped = torch.minimum(here, height.expand_as(here))
-    evenly = integrate(z, neuron.initial * theta, theta, leak, height, snn.steps, constant=True, strict=neuron.strict)[0]
+    begin, strict = neuron.initial * theta, neuron.strict
+    evenly = (
+        weighted_spikes(z, begin, theta, height, snn.steps, strict=strict)
+        if neuron.weighted
+        else integrate(z, begin, theta, leak, height, snn.steps, constant=True, strict=strict)[0]
+    )
     stairs, fired = unfold(evenly, snn.steps).mean(0), spiking.replayed[str(node.target)]
     steps = (there - wanted, here - there, clipped - here, stairs - clipped, fired - stairs, out - fired)
     parts = dict(zip(PARTS, steps, strict=True))
@@ -361,7 +368,7 @@ def _add(sums: _Sums, snn: SpikingNetwork, node: fx.Node, spiking: _Spiking, pla
     sums.saturated += int((counts == snn.steps).sum())
     bins = min(10, snn.steps + 1)
     sums.rates += torch.bincount((counts * bins // (snn.steps + 1)).flatten(), minlength=10).cpu()
-    if bool((leak != 1).any()):
+    if bool((leak != 1).any()) or neuron.weighted:
         sums.outside = None
     elif sums.outside is not None:
         # Without a leak, what came in either went out or is still there.

@@ -109,7 +109,7 @@ def _layer_to_json(layer: nn.Module) -> dict[str, Any]:
     if isinstance(layer, Neuron):
         arguments: dict[str, Any] = {"constant_input": layer.constant_input, "scaled": layer.scaled, "strict": layer.strict}
         arguments["averaged"] = layer.averaged
-        arguments |= {flag: True for flag in ("signed", "to_zero") if getattr(layer, flag)}
+        arguments |= {flag: True for flag in ("signed", "to_zero", "weighted") if getattr(layer, flag)}
         arguments |= {"surrogate": dataclasses.asdict(layer.surrogate)}
         if isinstance(layer, RehearsedNeuron):
             # A type of its own, so that versions that do not know of it do not take it for a plain one.
@@ -331,7 +331,7 @@ def _layer_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor], ste
     if kind in ("Neuron", "RehearsedNeuron"):
         surrogate = Surrogate(**arguments["surrogate"])
         # Flags that came later are left out where they are false, and so they are in files from before.
-        later = dict.fromkeys(("averaged", "signed", "to_zero"), False)
+        later = dict.fromkeys(("averaged", "signed", "to_zero", "weighted"), False)
         flags = {flag: _flag({**later, **arguments}, flag) for flag in ("scaled", "strict", *later)}
         made = (NeuronParameters(torch.ones(()), **flags), steps, _flag(arguments, "constant_input"), surrogate)
         first_run = {} if kind == "Neuron" else {key: arguments[key] for key in ("kind", "rehearsal")}

@@ -42,6 +42,8 @@ from quickspike.tuning import TUNING
 
 logger = logging.getLogger(__name__)
 
+KINDS = ("signed", "synchronous", "weighted")
+"""Of neurons, beside plain ones: options of every method, and of `Auto`."""
 SCALES = (1.0, 0.9, 0.8)
 """Factors on the ceilings: below 1, neurons clip more and fire earlier, which pays in deep networks."""
 HELD_OUT = 4
@@ -59,6 +61,9 @@ class Auto:
     steps: int = option(8, "time steps the spiking network runs for", unit="steps", low=1, high=MAX_STEPS)
     synchronous: bool = option(False, "layers may wait for the whole window of the one before: an answer after depth x T steps")
     signed: bool = option(False, "neurons may take spikes back, for hardware with spikes of -1")
+    weighted: bool = option(
+        False, "spikes may be weighted by their step, 2^T levels in T steps: layers wait as with synchronous; for hardware that shifts"
+    )
     max_minutes: float = option(0.0, "begin nothing new after so long; 0 for no end", unit="minutes", low=0, high=1e6)
 
     def __post_init__(self) -> None:
@@ -181,7 +186,7 @@ class _Rounds:
 
     def _scaled(self, ann: Traced, stream: ImageStream) -> _Best:
         """Kind of neuron and factor on the ceilings."""
-        kinds = ["plain", *["signed"] * self.auto.signed, *["synchronous"] * self.auto.synchronous]
+        kinds = ["plain", *(kind for kind in KINDS if getattr(self.auto, kind))]
         found = dict[str, _Best]()
         for kind, scale in itertools.product(kinds, SCALES):
             if found and self._is_late():
@@ -192,7 +197,7 @@ class _Rounds:
         best = self._better(*found.values())
         figures = ", ".join(f"{kind} {one.attempt.measured:.1f}" for kind, one in found.items())
         self.reasons.append(f"neurons and ceilings: {best.attempt.what} (best of each kind in %: {figures})")
-        left_out = [f"{kind} neurons" for kind in ("signed", "synchronous") if kind not in kinds]
+        left_out = [f"{kind} neurons" for kind in KINDS if kind not in kinds]
         if left_out:
             self.reasons.append(f"not tried, since not allowed: {', '.join(left_out)}")
         return best
@@ -221,8 +226,8 @@ class _Rounds:
         if trainer is None:
             self.reasons.append("nothing was trained: no labelled images were given")
             return start
-        synchronous = start.method.synchronous
-        staircase = create("qcfs", steps=self.auto.steps, levels=self.auto.steps, synchronous=synchronous, signed=start.method.signed)
+        same = {kind: getattr(start.method, kind) for kind in KINDS}
+        staircase = create("qcfs", steps=self.auto.steps, levels=start.method.resolution, **same)
         best = self._better(start, *self._from_source(staircase, trainer))
         best = self._better(best, *self._tuned(best, trainer))
         gained = f"{best.attempt.what} ({start.attempt.measured:.1f} -> {best.attempt.measured:.1f} %)"
@@ -312,8 +317,7 @@ class _Rounds:
         return value if self.trainer is None else float(self.trainer.fabric.broadcast(value))
 
     def _method(self, scale: float, kind: str) -> Method:
-        kinds = {"signed": kind == "signed", "synchronous": kind == "synchronous"}
-        return create("threshold_balancing", steps=self.auto.steps, scale=scale, **kinds)
+        return create("threshold_balancing", steps=self.auto.steps, scale=scale, **{one: one == kind for one in KINDS})
 
 
 def _held_out(batches: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -121,6 +121,7 @@ def search(
     max_drop: Annotated[float, Help(metavar="LOSS", help="accuracy that may be lost [unit: percentage points; range: >= 0]")] = 1.0,
     most_steps: Annotated[int, Help(metavar="T", help="largest number of steps to try [unit: steps; range: >= 1]")] = 64,
     synchronous: Annotated[bool, Help(help="try each method with layers that wait for whole windows, too")] = False,
+    weighted: Annotated[bool, Help(help="try each method with spikes that are weighted by their step, too")] = False,
     energy: Annotated[str | None, Help(metavar="DEVICE", help="weigh energy too, on this device: see `evaluate --energy`")] = None,
     max_energy: Annotated[float | None, Help(metavar="NJ", help="energy that an image may take there [unit: nJ; range: >= 0]")] = None,
     max_minutes: Annotated[float | None, Help(metavar="N", help="begin no new trial after so long [unit: minutes; range: > 0]")] = None,
@@ -158,9 +159,10 @@ def search(
 
     own = [candidate_of(text) for text in candidate]
     candidates = [*(Candidate(name) for name in methods or (() if own else tuple(all_methods()))), *own]
-    if synchronous:
-        waiting = (one for one in candidates if "synchronous" in options_of(get(one.method)))
-        candidates += [Candidate(one.method, {**one.options, "synchronous": True}) for one in waiting]
+    kinds = [kind for kind, asked in (("synchronous", synchronous), ("weighted", weighted)) if asked]
+    candidates += [
+        Candidate(one.method, {**one.options, kind: True}) for kind in kinds for one in candidates if kind in options_of(get(one.method))
+    ]
     candidates += [dataclasses.replace(one, epochs=tune_epochs) for one in candidates if tune_epochs]
     for path in filter(None, (out, network, page)):
         check_writable(path)

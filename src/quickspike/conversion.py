@@ -19,7 +19,20 @@ from quickspike.errors import ConversionError, DataError, OptionError
 from quickspike.graph import Site, Traced, fold, swap
 from quickspike.memory import out_of_memory
 from quickspike.method import Method
-from quickspike.neuron import MAX_STEPS, AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, Surrogate, Timed, single, unfold
+from quickspike.neuron import (
+    MAX_STEPS,
+    MOST_WEIGHTED,
+    AccumulatedMaxPool,
+    Increment,
+    Neuron,
+    Repeat,
+    RunningMean,
+    Surrogate,
+    Timed,
+    levels_of,
+    single,
+    unfold,
+)
 from quickspike.operators import ANALOG_LAYERS, MAX_POOLS, NOT_AFFINE, shape
 from quickspike.structure import Outputs, each
 
@@ -149,6 +162,22 @@ class SpikingNetwork(nn.Module):
                 way_out = "convert without offset_shift and residual_mask"
                 raise OptionError(f"{what} has no place for neurons that go through the first steps twice ({name}); {way_out}")
 
+    @property
+    def weighted(self) -> bool:
+        """True if spikes are weighted by their step, see `quickspike.neuron`."""
+        return any(neuron.weighted for neuron in self.neurons().values())
+
+    @property
+    def resolution(self) -> int:
+        """Levels above 0 that a neuron tells apart in T steps."""
+        return levels_of(self.steps) if self.weighted else self.steps
+
+    def refuse_weighted(self, what: str) -> None:
+        """Raise OptionError if spikes are weighted, which `what` has no place for."""
+        for name, neuron in self.neurons().items():
+            if neuron.weighted:
+                raise OptionError(f"{what} has no place for spikes that are weighted by their step ({name}); take snn.rate_coded()")
+
     def as_synchronous(self) -> SpikingNetwork:
         """A copy whose layers wait for the whole window of the one before; neurons that turn pixels into spikes do not.
 
@@ -161,13 +190,40 @@ class SpikingNetwork(nn.Module):
             other.neuron(site.name).averaged = not site.encodes_input
         return other
 
+    def as_weighted(self) -> SpikingNetwork:
+        """A copy whose spikes are weighted by their step: synchronous, with 2^T - 1 levels instead of T, see `quickspike.neuron`.
+
+        Thresholds stay as they are; `convert(..., weighted=True)` fits them for that many levels.
+
+        Raises:
+            OptionError: neurons have a first run, take spikes back, leak or are set to 0, or T is too large.
+        """
+        other = self.as_synchronous()
+        _check_weighted(other.steps)
+        for name, neuron in other.neurons().items():
+            if neuron.signed or neuron.to_zero or bool((neuron.bounded()[1] != 1).any()):
+                raise OptionError(f"weighted spikes need a reset by subtraction, no signs and no leak, unlike those of {name}")
+            neuron.weighted = True
+        return other
+
+    def rate_coded(self) -> SpikingNetwork:
+        """A copy without weighted spikes: synchronous, 2^T - 1 steps instead of T, with the same answers up to rounding."""
+        other = copy.deepcopy(self)
+        if not other.weighted:
+            return other
+        for neuron in other.neurons().values():
+            neuron.weighted = False
+        other.set_steps(levels_of(self.steps))
+        return other
+
     def as_signed(self) -> SpikingNetwork:
         """A copy whose neurons take spikes back when later currents show that they were too many.
 
         Raises:
-            OptionError: spikes set potentials to 0, or neurons have a first run.
+            OptionError: spikes set potentials to 0 or are weighted, or neurons have a first run.
         """
         self.refuse_first_runs("a network that takes spikes back")
+        self.refuse_weighted("a network that takes spikes back")
         other = copy.deepcopy(self)
         for neuron in other.neurons().values():
             if neuron.to_zero:
@@ -181,12 +237,14 @@ class SpikingNetwork(nn.Module):
         What is above theta is lost then. That costs accuracy, which fine-tuning wins back in part (`quickspike tune --reset zero`).
 
         Raises:
-            OptionError: no such reset, or neurons take spikes back or have a first run, which needs a reset by subtraction.
+            OptionError: no such reset, or neurons take spikes back, have a first run or weigh their spikes, which needs a reset by
+                subtraction.
         """
         if reset not in ("subtract", "zero"):
             raise OptionError(f"reset must be subtract or zero, got {reset!r}")
         if reset == "zero":
             self.refuse_first_runs("a reset to 0")
+            self.refuse_weighted("a reset to 0")
         other = copy.deepcopy(self)
         for name, neuron in other.neurons().items():
             if neuron.signed and reset == "zero":
@@ -218,7 +276,10 @@ class SpikingNetwork(nn.Module):
 
         Raises:
             ConversionError: the network was made for one number of steps.
+            OptionError: more steps than weighted spikes have.
         """
+        if self.weighted:
+            _check_weighted(steps)
         if self.summed and steps != self.steps:
             raise ConversionError(f"this network was made for the count engine at T = {self.steps}; accelerate one with {steps} steps")
         self.steps = steps
@@ -272,6 +333,11 @@ class SpikingNetwork(nn.Module):
         return f"method={self.method.get('name')}, steps={self.steps}, sites={len(self.sites)}"
 
 
+def _check_weighted(steps: int) -> None:
+    if steps > MOST_WEIGHTED:
+        raise OptionError(f"spikes that are weighted by their step have at most {MOST_WEIGHTED} steps, got {steps}")
+
+
 def readout(outputs: Tensor) -> Tensor:
     """Logits after each step: mean of the outputs so far. `[T, B, K]` to `[T, B, K]`."""
     # In half precision sums would leave its range, and counts above 256 have no place in bfloat16.
@@ -320,7 +386,7 @@ def to_spiking(ann: Traced, method: Method, provenance: Mapping[str, Any], surro
             continue
         constant = time.feed(node)
         here = method.at(site)
-        parameters = replace(here.neuron(site, ann.at(site)), averaged=here.waits(site), signed=here.signed)
+        parameters = replace(here.neuron(site, ann.at(site)), averaged=here.waits(site), signed=here.signed, weighted=here.weighted)
         module.set_submodule(site.name, Neuron(parameters, method.steps, constant, surrogate or method.surrogate()).to(like))
     output = next(node for node in module.graph.nodes if node.op == "output")
     if time.signals[output] != "timed":

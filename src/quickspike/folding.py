@@ -75,12 +75,13 @@ def fold(snn: SpikingNetwork, bits: int | None = None) -> SpikingNetwork:
     """A copy of `snn` in which every neuron has theta = 1 and spikes of height 1; see `SpikingNetwork.fold`.
 
     Raises:
-        OptionError: bits is out of range, the network was accelerated, or neurons have a first run.
+        OptionError: bits is out of range, the network was accelerated, or neurons have a first run or weigh their spikes.
         ConversionError: thresholds or heights are not the same within a channel.
     """
     if "engine" in snn.provenance:
         raise OptionError(f"this network was made for the {snn.provenance['engine']['name']} engine; fold the one it was made from")
     snn.refuse_first_runs("a folded network")
+    snn.refuse_weighted("a folded network")
     network = copy.deepcopy(snn) if bits is None else _whole(snn, bits)
     _Folder(network).run()
     network.provenance["folded"] = True

@@ -615,6 +615,8 @@ def _limits(snn: SpikingNetwork) -> str:
         found.append("Layers in front of the first spikes read real values and multiply.")
     if any(neuron.averaged for neuron in snn.neurons().values()):
         found.append("Layers wait for the whole window of the layer before: the answer takes depth x T steps.")
+    if snn.weighted:
+        found.append("The spike of step t counts 2^(T-t) times as much as the last one: hardware has to shift what it brings.")
     runs = {neuron.first_run for neuron in snn.neurons().values() if neuron.first_run}
     for kind, steps in sorted(runs):
         what = (

@@ -12,7 +12,7 @@ from torch import nn
 
 from quickspike.activations import CeilingProbe
 from quickspike.errors import OptionError, QuickspikeError
-from quickspike.neuron import MAX_STEPS, Surrogate
+from quickspike.neuron import MAX_STEPS, MOST_WEIGHTED, Surrogate, levels_of
 from quickspike.options import option, validate
 from quickspike.paper import Paper as Paper
 from quickspike.refinement import Refinement
@@ -39,7 +39,7 @@ class Method(abc.ABC):
     paper: ClassVar[Paper]
     per_site: ClassVar[tuple[str, ...]] = ("synchronous", "signed")
     """Options that may differ from site to site; a method adds those that only `activation` and `neuron` look at."""
-    later: ClassVar[tuple[str, ...]] = ("refinements",)
+    later: ClassVar[tuple[str, ...]] = ("refinements", "weighted")
     """Options that came after results were made without them: at their defaults nothing tells of them (digests of recipes)."""
 
     steps: int = option(8, "time steps the spiking network runs for", unit="steps", low=1, high=MAX_STEPS)
@@ -51,6 +51,11 @@ class Method(abc.ABC):
     signed: bool = option(
         False,
         "neurons take spikes back (spikes of -1) that were too many: little error from spike order; for hardware with signed spikes",
+    )
+    weighted: bool = option(
+        False,
+        f"the spike of step t counts 2^(T-t) times as much as the last: 2^T levels in T steps (at most {MOST_WEIGHTED}); layers wait as "
+        "with synchronous; for hardware that shifts",
     )
     sites: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
     """Options at some sites only, by a pattern of their names: {"layer1.*": {"initial": 0.0}}; the last that fits wins."""
@@ -68,6 +73,11 @@ class Method(abc.ABC):
             raise OptionError(
                 f"{self.name} takes the maximum of the spikes of single steps, which spikes of -1 would spoil; leave signed out"
             )
+        if self.weighted and (self.signed or self.pools_spikes):
+            why = "spikes of -1" if self.signed else "the maximum of the spikes of single steps"
+            raise OptionError(f"{self.name}: weighted spikes have no place for {why}; leave one of them out")
+        if self.weighted and self.steps > MOST_WEIGHTED:
+            raise OptionError(f"{self.name}: weighted spikes have at most {MOST_WEIGHTED} steps, got steps={self.steps}")
         if not isinstance(self.sites, Mapping) or not all(isinstance(options, Mapping) for options in self.sites.values()):
             raise OptionError(
                 f"{self.name}: sites must be options by pattern, such as {{'layer1.*': {{'initial': 0.0}}}}, got {self.sites!r}"
@@ -108,7 +118,12 @@ class Method(abc.ABC):
 
     def waits(self, site: Site) -> bool:
         """True if the neurons at `site` wait for the whole window of the layer before."""
-        return self.synchronous and not site.encodes_input
+        return (self.synchronous or self.weighted) and not site.encodes_input
+
+    @property
+    def resolution(self) -> int:
+        """Levels above 0 that T steps tell apart: what ceilings and thresholds are fitted for."""
+        return levels_of(self.steps) if self.weighted else self.steps
 
     def source(self, model: nn.Module) -> nn.Module:
         """The network that is traced: `model` itself, or `model` behind something that the method needs in front of it."""

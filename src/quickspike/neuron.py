@@ -9,6 +9,14 @@ The equations are those that the seed papers share (papers' notation):
 
 A signed neuron also takes spikes back, as in SpikeZIP-TF (You et al., ICML 2024), which removes much of the error that comes
 from the order of arrival: s(t) = -1 if m(t) < 0 and it has fired more often than it has taken back.
+
+Weighted spikes say which of 2^T levels a mean current reaches, the largest part first: the spike of step t counts w(t) =
+2^(T-t)/(2^T - 1), as in radix encoding (Z. Wang et al. 2021, arXiv 2105.06943). With the mean current z of the window before:
+
+    m(1) = z + v(0)/(2^T - 1)                s(t) = 1 if m(t) >= w(t) theta else 0
+    m(t+1) = m(t) - w(t) theta s(t)          out(t) = T w(t) amplitude s(t)
+
+so that their mean over the T steps is that of 2^T - 1 steps of spikes without weights.
 """
 
 from __future__ import annotations
@@ -29,6 +37,9 @@ SurrogateShape = Literal["triangular", "boxcar", "arctan", "sigmoid"]
 
 MAX_STEPS = 65536
 """More time steps than any network needs; a larger number is a mistake or a hostile file."""
+
+MOST_WEIGHTED = 12
+"""Largest T of weighted spikes: 4095 levels are more than the source network's own precision asks for."""
 
 SMALLEST_THRESHOLD = 1e-8
 """A threshold never acts below this: a learned one could otherwise turn negative, and a silent channel's is 0."""
@@ -210,6 +221,76 @@ def _signed_scan(
     return torch.cat(outputs) if learning else out, v, left
 
 
+class _Weighted(torch.autograd.Function):
+    """Weighted spikes `[T*B, ...]` for the mean current `[B, ...]`, the same at every step.
+
+    Backward as if the staircase were a slope, amplitude/theta under currents from 0 to theta. With g = sum_t dL/dout(t) and
+    q the mean output over the amplitude:
+
+        dL/dz = g amplitude/theta inside        dL/dtheta = - dL/dz z/theta
+        dL/dv(0) = dL/dz/(2^T - 1)              dL/damplitude = g q
+    """
+
+    @staticmethod
+    def forward(ctx: Any, current: Tensor, v: Tensor, theta: Tensor, amplitude: Tensor, rule: _Rule) -> Tensor:
+        ctx.save_for_backward(current, v, theta, amplitude)
+        ctx.rule = rule
+        shape = (rule.steps * current.shape[0], *current.shape[1:])
+        out = torch.empty(shape, dtype=current.dtype, device=current.device, memory_format=_format(current))
+        slots = out.view(rule.steps, *current.shape)
+        for slot, (weight, fired) in zip(slots, _digits(current, v, theta, rule), strict=True):
+            slot.copy_(torch.where(fired, amplitude * (rule.steps * weight), 0.0))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        current, v, theta, amplitude = ctx.saved_tensors
+        rule: _Rule = ctx.rule
+        g = unfold(gradients[0], rule.steps).to(theta.dtype).sum(0)
+        z = current.to(theta.dtype)
+        need_current, need_v, need_theta, need_amplitude, _ = ctx.needs_input_grad
+        to_z = g * ((z >= 0) & (z <= theta)) * (amplitude / theta)
+        share = sum(weight * fired.to(theta.dtype) for weight, fired in _digits(current, v, theta, rule)) if need_amplitude else None
+        return (
+            to_z.to(current.dtype) if need_current else None,
+            reduced(to_z / levels_of(rule.steps), v) if need_v else None,
+            reduced(-to_z * z / theta, theta) if need_theta else None,
+            reduced(g * share, amplitude) if share is not None else None,
+            None,
+        )
+
+
+def levels_of(steps: int) -> int:
+    """Levels above 0 that weighted spikes tell apart in so many steps."""
+    return int(2**steps - 1)
+
+
+def _digits(current: Tensor, v: Tensor, theta: Tensor, rule: _Rule) -> Iterator[tuple[float, Tensor]]:
+    """w(t) and which neurons fire, for t = 1..T."""
+    unit = theta / levels_of(rule.steps)
+    m = current.to(torch.promote_types(current.dtype, theta.dtype)) + v / levels_of(rule.steps)
+    for place in reversed(range(rule.steps)):
+        # Powers of two, so that thresholds are exact multiples of a level and differences of like numbers are, too.
+        threshold = unit * 2.0**place
+        fired = rule.fire(m, threshold)
+        yield 2.0**place / levels_of(rule.steps), fired
+        m = torch.addcmul(m, threshold, fired.to(m.dtype), value=-1)
+
+
+def weighted_spikes(current: Tensor, v: Tensor, theta: Tensor, amplitude: Tensor, steps: int, *, strict: bool = False) -> Tensor:
+    """Weighted spikes `[T*B, ...]` for the mean current `[B, ...]`, see the top of this file.
+
+    Args:
+        current: the same at every step.
+        v: v(0), in units of the potential that `theta` is in; a level is theta/(2^T - 1), and that share of v is added.
+        theta: threshold, scalar or per channel, broadcastable.
+        amplitude: mean output of neurons that fire at every step, likewise.
+        steps: T.
+        strict: fire above the thresholds instead of at them.
+    """
+    return cast(Tensor, _Weighted.apply(current, v, theta, amplitude, _Rule(steps, True, strict, Surrogate())))
+
+
 def _format(x: Tensor) -> torch.memory_format:
     """How the outputs of a current are laid out."""
     channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -285,6 +366,8 @@ class NeuronParameters:
     """Take a spike back, as a spike of height -amplitude, where the potential is negative and one is left to take."""
     to_zero: bool = False
     """A spike sets the potential to 0, instead of taking theta from it: what is above theta is lost."""
+    weighted: bool = False
+    """The spike of step t counts 2^(T-t) times as much as that of step T; for neurons that wait, or whose current is constant."""
 
     def __post_init__(self) -> None:
         for name in ("threshold", "initial", "leak", "amplitude"):
@@ -295,6 +378,8 @@ class NeuronParameters:
         if self.signed and self.to_zero:
             raise ConversionError("spikes that are taken back need a reset by subtraction")
         leak = torch.as_tensor(self.leak)
+        if self.weighted and (self.signed or self.to_zero or bool((leak != 1).any())):
+            raise ConversionError("weighted spikes need a reset by subtraction, no signs and no leak")
         if bool((self.threshold < 0).any()):
             raise ConversionError(f"neuron threshold must be >= 0, got {float(self.threshold.min()):g}")
         if bool(((leak < 0) | (leak > 1)).any()):
@@ -336,7 +421,11 @@ class Neuron(Timed):
         super().__init__()
         self.steps, self.constant_input = steps, constant_input
         self.scaled, self.strict, self.averaged = parameters.scaled, parameters.strict, parameters.averaged
-        self.signed, self.to_zero = parameters.signed, parameters.to_zero
+        self.signed, self.to_zero, self.weighted = parameters.signed, parameters.to_zero, parameters.weighted
+        if self.weighted and not (constant_input or parameters.averaged):
+            raise ConversionError("weighted spikes say what a whole window amounts to; neurons that stream have none (averaged=True)")
+        if self.weighted and steps > MOST_WEIGHTED:
+            raise ConversionError(f"weighted spikes have at most {MOST_WEIGHTED} steps, got {steps}")
         self.surrogate = surrogate or Surrogate()
         self.dropout = 0.0
         """Share of the neurons that are silenced in training mode, the same ones at every step of a batch."""
@@ -365,6 +454,8 @@ class Neuron(Timed):
         theta, leak = self.bounded()
         initial, amplitude = self.initial * theta, self.height(theta)
         rule = self.rule(self.steps, constant)
+        if self.weighted:
+            return self._given(self._dropped(_Weighted.apply(x, initial, theta, amplitude, rule), None, self.steps)[0])
         # The compiled loops know reset by subtraction only.
         parameters = (initial, theta, leak, amplitude)
         compiled = self.compiled and not self.to_zero and kernels.applies(x, parameters, self.steps, self.surrogate.shape)
@@ -377,7 +468,7 @@ class Neuron(Timed):
         return self._given(self._dropped(out, None, self.steps)[0])
 
     def _counted(self, x: Tensor) -> Tensor:
-        return self._spikes_under(x, 1 if self.constant_input else self.steps, torch.uint8)
+        return self._spikes_under(x, 1 if self.constant_input else self.resolution, torch.uint8)
 
     def mean_output(self, current: Tensor) -> Tensor:
         """The mean output over T steps, `[B, ...]`, under a current `[B, ...]` that is the same at every step.
@@ -392,19 +483,24 @@ class Neuron(Timed):
             rule = self.rule(self.steps, True)
             out, _, _ = _signed_scan(current, self.initial * theta, None, theta, leak, self.height(theta), rule)
             return unfold(out, self.steps).mean(0)
+        if self.weighted:
+            # Added up as whole numbers, as spikes without weights are: shares of 2^T - 1 are no numbers of a binary computer.
+            digits = _digits(current, self.initial * theta, theta, self.rule(self.steps, True))
+            level = sum(fired.to(theta.dtype) * 2.0**place for place, (_, fired) in zip(reversed(range(self.steps)), digits, strict=True))
+            return (level * (self.height(theta) / self.resolution)).to(current.dtype)
         return self._spikes_under(current, 1, torch.int32).to(current.dtype) * (self.height(theta) / self.steps)
 
     def _spikes_under(self, x: Tensor, divisor: int, kind: torch.dtype) -> Tensor:
-        """Spikes in T steps under the constant current x/divisor."""
+        """Spikes in T steps under the constant current x/divisor; levels of weighted ones."""
         theta, leak = self.bounded()
         v = self.initial * theta
-        rule = self.rule(self.steps, True)
-        if self.compiled and not self.to_zero and kernels.applies(x, (v, theta, leak), self.steps, self.surrogate.shape):
+        rule = self.rule(self.resolution, True)
+        if self.compiled and not self.to_zero and kernels.applies(x, (v, theta, leak), rule.steps, self.surrogate.shape):
             return kernels.count(x, v, theta, leak, rule, divisor, kind)
         # A quotient in half precision would be rounded once more than in the compiled loops.
         current = x.to(torch.promote_types(x.dtype, theta.dtype)) / divisor
         out, _ = _Scan.apply(current, v, theta, leak, torch.ones_like(theta), rule)
-        return unfold(out, self.steps).ne(0).sum(0).to(kind)
+        return unfold(out, rule.steps).ne(0).sum(0).to(kind)
 
     def scan(self, x: Tensor, state: Any, steps: int) -> tuple[Tensor, Any]:
         x, constant = self._currents(x, steps)
@@ -416,6 +512,10 @@ class Neuron(Timed):
         # Fallen back from inside torch.compile: it takes the operator of forward(), but no loop that keeps its state.
         compiled = self.compiled and not learning and not self.to_zero and not torch.compiler.is_compiling()
         compiled = compiled and kernels.applies(x, (initial, theta, leak, amplitude), steps, self.surrogate.shape)
+        if self.weighted:
+            self._check_whole(steps)
+            out, mask = self._dropped(self._given(_Weighted.apply(x, initial, theta, amplitude, rule)), mask, steps)
+            return out, (None, mask, None)
         if self.signed:
             scan = kernels.fire_signed if compiled and x.device.type == "cpu" else _signed_scan
             out, v, left = scan(x, initial if v is None else v, left, theta, leak, amplitude, rule)
@@ -448,8 +548,13 @@ class Neuron(Timed):
 
     @property
     def waits(self) -> bool:
-        """True if all steps have to be there before the first output."""
-        return self.averaged
+        """True if T cannot be cut short: all steps have to be there before the first output, or weigh by how many they are."""
+        return self.averaged or self.weighted
+
+    @property
+    def resolution(self) -> int:
+        """Levels above 0 that T steps tell apart."""
+        return levels_of(self.steps) if self.weighted else self.steps
 
     @property
     def first_run(self) -> tuple[str, int] | None:
@@ -485,15 +590,15 @@ class Neuron(Timed):
     def _check_whole(self, steps: int) -> None:
         if steps != self.steps:
             raise ConversionError(
-                f"neurons that wait for all {self.steps} steps of the layer before cannot run {steps} at a time. "
-                "Way out: simulate without step_by_step, tune with chunk=0, or convert without synchronous and offset_shift"
+                f"neurons that wait for all {self.steps} steps of the layer before, or whose spikes are weighted, cannot run {steps} at a "
+                "time. Way out: simulate without step_by_step, tune with chunk=0, or convert without synchronous, weighted and offset_shift"
             )
 
     def extra_repr(self) -> str:
         count = self.threshold.numel()
         theta, initial, leak = (float(value.detach().mean()) for value in (self.threshold, self.initial, self.leak))
         several = f" (mean of {count})" if count > 1 else ""
-        kind = "".join(f", {flag}" for flag in ("averaged", "signed", "to_zero") if getattr(self, flag))
+        kind = "".join(f", {flag}" for flag in ("averaged", "signed", "to_zero", "weighted") if getattr(self, flag))
         return f"theta={theta:.4g}{several}, v0={initial:g} theta, leak={leak:g}, steps={self.steps}{kind}"
 
 

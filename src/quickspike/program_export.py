@@ -27,7 +27,7 @@ from quickspike.capture import free_name
 from quickspike.conversion import SpikingNetwork
 from quickspike.errors import CheckpointError, ConversionError, OptionError
 from quickspike.files import write_bytes
-from quickspike.neuron import AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, Timed, unfold
+from quickspike.neuron import AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, Timed, levels_of, unfold
 from quickspike.operators import FUNCTION_NAMES
 from quickspike.version import __version__
 
@@ -158,6 +158,8 @@ def _neuron(
     parts = [x] * steps if layer.constant_input else list(ops.split(x, steps))
     if layer.averaged and not layer.constant_input and steps > 1:
         parts = [ops.div(_sums(ops, parts, None)[-1], ops.number(steps))] * steps
+    if layer.weighted:
+        return _weighted(ops, cell, layer, tensors, parts[0], steps), {}
     v, left = state.get("v", tensors["initial"]), state.get("left")
     fired, resets = list[Value](), list[Value]()
     for part in parts:
@@ -172,6 +174,21 @@ def _neuron(
         v = ops.mul(m, ops.sub(ops.number(1), spikes)) if layer.to_zero else ops.sub(m, resets[-1])
     out = ops.join(resets if cell.at_threshold else fired)
     return ops.mul(out, tensors["height"]) if "height" in tensors else out, {"v": v} | ({} if left is None else {"left": left})
+
+
+def _weighted(ops: Arithmetic[Value], cell: Cell, layer: Neuron, tensors: Mapping[str, Value], z: Value, steps: int) -> Value:
+    """Spikes weighted by their step, for the mean current z."""
+    levels, theta = ops.number(levels_of(steps)), tensors["threshold"]
+    unit, m = ops.div(theta, levels), ops.add(z, ops.div(tensors["initial"], levels))
+    height = theta if cell.at_threshold else tensors.get("height")
+    out = list[Value]()
+    for place in reversed(range(steps)):
+        threshold = ops.mul(unit, ops.number(2.0**place))
+        spikes = ops.reached(m, threshold, layer.strict)
+        m = ops.sub(m, ops.mul(spikes, threshold))
+        weight = ops.number(steps * (2.0**place / levels_of(steps)))
+        out.append(ops.mul(spikes, weight if height is None else ops.mul(height, weight)))
+    return ops.join(out)
 
 
 def _taken_back(ops: Arithmetic[Value], m: Value, left: Value) -> Value:
@@ -379,9 +396,10 @@ def facts(snn: SpikingNetwork) -> dict[str, Any]:
         "readout": "mean of the outputs of all steps",
         "rule": "m(t) = leak v(t-1) + current(t); s(t) = 1 if m(t) >= threshold else 0; v(t) = m(t) - threshold s(t); "
         "output(t) = height s(t). strict: m(t) > threshold. signed: s(t) = -1 if m(t) < 0 and the sum of all s before is > 0. "
-        "to_zero: v(t) = 0 where s(t) = 1, else m(t)",
+        "to_zero: v(t) = 0 where s(t) = 1, else m(t). weighted: with w(t) = 2^(T-t)/(2^T - 1) and the mean current z, m(1) = z + "
+        "v(0)/(2^T - 1); s(t) = 1 if m(t) >= w(t) threshold else 0; m(t+1) = m(t) - w(t) threshold s(t); output(t) = T w(t) height s(t)",
         "neurons": {
-            name: {kind: bool(getattr(neuron, kind)) for kind in ("strict", "signed", "averaged", "to_zero")}
+            name: {kind: bool(getattr(neuron, kind)) for kind in ("strict", "signed", "averaged", "to_zero", "weighted")}
             for name, neuron in snn.neurons().items()
         },
     }

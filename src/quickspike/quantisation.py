@@ -112,7 +112,7 @@ def quantise(snn: SpikingNetwork, bits: int = 8, image_bits: int | None = None) 
 
     Raises:
         OptionError: bits or image_bits is out of range, the network is in half precision, where sums are not exact, spikes have
-            signs, or neurons have a first run.
+            signs or are weighted, or neurons have a first run.
     """
     if next(snn.parameters()).dtype in (torch.float16, torch.bfloat16):
         raise OptionError("whole numbers need single precision to be exact; call quantise(snn.float())")
@@ -121,6 +121,7 @@ def quantise(snn: SpikingNetwork, bits: int = 8, image_bits: int | None = None) 
     if image_bits is not None and (type(image_bits) is not int or not 2 <= image_bits <= 12):
         raise OptionError(f"image_bits must be a whole number in [2, 12], got {image_bits!r}")
     snn.refuse_first_runs("a network in whole numbers")
+    snn.refuse_weighted("a network in whole numbers")
     signed = [name for name, neuron in snn.neurons().items() if neuron.signed]
     if signed:
         raise OptionError(f"spikes that are bytes have no sign, but {signed[0]} takes spikes back; convert with signed=False")

@@ -28,7 +28,7 @@ from quickspike.files import check_writable, write_text
 from quickspike.graph import Traced, trace
 from quickspike.method import Method, create
 from quickspike.models import is_pretrained, load_model, preprocessing_of, save_weights
-from quickspike.neuron import MAX_STEPS
+from quickspike.neuron import MAX_STEPS, MOST_WEIGHTED
 from quickspike.options import options_of
 from quickspike.preprocessing import PREPROCESSING, Preprocessing
 from quickspike.provenance import commit, digest, machine, versions
@@ -75,7 +75,7 @@ class Published:
 class Recipe:
     """One experiment."""
 
-    later: ClassVar[tuple[str, ...]] = ("weights",)
+    later: ClassVar[tuple[str, ...]] = ("weights", "weighted")
     """See `Training.later`."""
 
     title: str
@@ -95,6 +95,8 @@ class Recipe:
     """Measure the converted network with layers that wait for whole windows, too."""
     signed: bool = False
     """Measure the converted network with neurons that take spikes back, too."""
+    weighted: bool = False
+    """Measure the converted network with spikes that are weighted by their step, too, at the numbers of steps that these can have."""
     source: Training | None = None
     """Training of the source network with plain ReLU; None: the weights that it starts from go to the method's training."""
     train: Training | None = None
@@ -112,6 +114,8 @@ class Recipe:
         for name, values, low, high in ranges:
             if not values or any(type(value) is not int or not low <= value <= high for value in values) or len(set(values)) < len(values):
                 raise OptionError(f"recipe: {name} must be whole numbers in [{low}, {high}], each once, got {list(values)!r}"[:300])
+        if self.weighted and min(self.steps) > MOST_WEIGHTED:
+            raise OptionError(f"recipe: weighted in [evaluate] has at most {MOST_WEIGHTED} steps, and all of steps are more")
         for name, settings in (("train", self.train), ("tune", self.tune)):
             if settings is not None and settings.whiten:
                 raise OptionError(f"recipe: whiten belongs to [source], not to [{name}]: it would undo the first convolution")
@@ -154,7 +158,7 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 CPU = torch.device("cpu")
-STAGES = ("converted", "synchronous", "signed", "tuned")
+STAGES = ("converted", "synchronous", "signed", "weighted", "tuned")
 """Spiking networks of a run, in the order in which they are measured."""
 PREPARED = tuple(field.name for field in dataclasses.fields(Preprocessing))
 """Keys of [data] that say how a picture becomes an input."""
@@ -169,7 +173,7 @@ def _recipe(tables: Mapping[str, Any], text: str) -> Recipe:
     data, method, measure = (_table(name, found) for name, found in _needed(tables))
     refined = method.pop("refinements", ())
     _only(data, ("name", "calibration", *PREPARED), "key of [data]")
-    _only(measure, ("steps", "synchronous", "signed"), "key of [evaluate]")
+    _only(measure, ("steps", "synchronous", "signed", "weighted"), "key of [evaluate]")
     tuning = _table("tune", tables["tune"]) if "tune" in tables else None
     learned = {name: tuning.pop(name) for name in options_of(Tuning) if tuning and name in tuning}
     given = {name: data[name] for name in PREPARED if name in data}
@@ -196,6 +200,7 @@ def _recipe(tables: Mapping[str, Any], text: str) -> Recipe:
         steps=tuple(measure.get("steps", (1, 2, 4, 8))),
         synchronous=measure.get("synchronous", False),
         signed=measure.get("signed", False),
+        weighted=measure.get("weighted", False),
         source=_settings(Training, _table("source", tables.get("source"))),
         train=_settings(Training, _table("train", tables.get("train"))),
         tune=_settings(Training, tuning),
@@ -409,6 +414,8 @@ class _Seed:
             accuracy["synchronous"] = waiting["accuracy"]
         if self.recipe.signed:
             accuracy["signed"] = self._measured(snn.as_signed())["accuracy"]
+        if self.recipe.weighted:
+            accuracy["weighted"] = self._measured(snn.as_weighted(), MOST_WEIGHTED)["accuracy"]
         if self.recipe.tune is not None:
             snn = self._tuned(snn, source)
             report = self._measured(snn)
@@ -513,5 +520,6 @@ class _Seed:
             tuned.save(self.folder / "tuned.safetensors")
         return tuned
 
-    def _measured(self, snn: SpikingNetwork) -> dict[str, Any]:
-        return evaluate(snn, self.data.loader("test"), None, self.recipe.steps, fabric=self.fabric).to_json()
+    def _measured(self, snn: SpikingNetwork, most: int = MAX_STEPS) -> dict[str, Any]:
+        steps = [step for step in self.recipe.steps if step <= most]
+        return evaluate(snn, self.data.loader("test"), None, steps, fabric=self.fabric).to_json()

@@ -62,7 +62,7 @@ class RehearsedNeuron(Neuron):
         super().__init__(parameters, steps, constant_input, surrogate)
         if kind not in ("mask", "shift") or type(rehearsal) is not int or rehearsal < 1:
             raise ConversionError(f"a first run is mask or shift, of 1 step or more, got {kind!r} and {rehearsal!r}")
-        if self.averaged or self.signed or self.to_zero:
+        if self.averaged or self.signed or self.to_zero or self.weighted:
             raise ConversionError("only streaming neurons without signs that reset by subtraction have use for a first run")
         self.kind, self.rehearsal = kind, rehearsal
 
@@ -168,9 +168,9 @@ def rehearse(snn: SpikingNetwork, kind: Kind, steps: int, who: str) -> None:
     for name, neuron in snn.neurons().items():
         if neuron.first_run:
             raise OptionError(f"{who}: the neurons have a first run already ({name}); take one of offset_shift and residual_mask, once")
-        hindrance = "waits for whole windows" if neuron.averaged else "takes spikes back" if neuron.signed else ""
+        hindrance = "waits for whole windows" if neuron.averaged or neuron.weighted else "takes spikes back" if neuron.signed else ""
         if hindrance:
-            way_out = "leave synchronous and signed out"
+            way_out = "leave synchronous, weighted and signed out"
             raise OptionError(f"{who} mends what comes of the order of spikes, but {name} {hindrance}, which mends it too; {way_out}")
         if neuron.to_zero:
             raise OptionError(f"{who} reads potentials after a reset by subtraction, but {name} resets to 0")

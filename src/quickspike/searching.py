@@ -33,6 +33,7 @@ from quickspike.errors import CheckpointError, OptionError
 from quickspike.evaluation import accuracy_of, evaluate, make_fabric
 from quickspike.files import write_text
 from quickspike.method import create, get
+from quickspike.neuron import MOST_WEIGHTED
 from quickspike.operations import count_operations
 from quickspike.provenance import digest
 from quickspike.training import Trainer
@@ -123,7 +124,7 @@ def search(
         candidates: methods by name, or with options and epochs of fine-tuning. Put what costs little first: it bounds the
             steps of those that are trained.
         max_drop: percentage points of accuracy that may be lost.
-        most_steps: the largest T that is tried.
+        most_steps: the largest T that is tried; of weighted spikes, the largest that they can have if that is less.
         energy: a device of `quickspike.energy`, if energy counts.
         max_energy: what an image may take on that device, in pJ.
         max_seconds: after so long no new trial begins; those that `file` holds cost no time.
@@ -163,12 +164,14 @@ def search(
             def enough(steps: int, candidate: Candidate = candidate) -> bool:
                 return trials_of.trial(candidate, steps).drop <= max_drop
 
+            weighted = create(candidate.method, steps=1, **candidate.options).weighted
+            most = min(most_steps, MOST_WEIGHTED) if weighted else most_steps
             if math.isfinite(latency):
                 # More steps than these would be no gain; a candidate that fails even there is left at that.
-                most = trials_of.steps_within(candidate, latency, most_steps)
+                most = trials_of.steps_within(candidate, latency, most)
                 least = _between(enough, 0, most) if enough(most) else None
             else:
-                least = _least(enough, most_steps)
+                least = _least(enough, most)
             # Energy grows with T: what takes too much with the least T takes too much with any.
             if least is not None and within(trials_of.trial(candidate, least)):
                 latency = min(latency, trials_of.trial(candidate, least).latency)
@@ -388,7 +391,8 @@ def _likeness(snn: SpikingNetwork) -> str:
     """The same for two streaming networks that differ in nothing but T."""
     tensors = digest(value for _, value in sorted(snn.state_dict().items()))
     kinds = [
-        (name, neuron.scaled, neuron.strict, neuron.signed, neuron.to_zero, neuron.first_run) for name, neuron in snn.neurons().items()
+        (name, neuron.scaled, neuron.strict, neuron.signed, neuron.to_zero, neuron.weighted, neuron.first_run)
+        for name, neuron in snn.neurons().items()
     ]
     return f"{tensors} {kinds} {snn.code}"
 

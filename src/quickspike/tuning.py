@@ -26,7 +26,7 @@ class Tuning:
 
     weights: bool = option(True, "learn the weights of the layers")
     thresholds: bool = option(True, "learn the thresholds; amplitudes and initial potentials that are fractions of them follow")
-    leaks: bool = option(True, "learn the leaks; they stay within [0, 1]")
+    leaks: bool = option(True, "learn the leaks; they stay within [0, 1] (neurons with weighted spikes have none)")
     threshold_rate: float = option(1.0, "learning rate of thresholds and leaks, as a multiple of that of the weights", low=0, high=1000)
     dropout: float = option(0.0, "share of the neurons silenced in training, the same ones at every step of a batch", low=0, high=0.99)
     chunk: int = option(
@@ -48,7 +48,9 @@ def end_to_end(snn: SpikingNetwork, train: Train, tuning: Tuning, stage: str = "
     neurons = snn.neurons().values()
     own = {id(parameter) for neuron in neurons for parameter in neuron.parameters()}
     weights = [parameter for parameter in snn.parameters() if id(parameter) not in own] if tuning.weights else []
-    learned = [neuron.threshold for neuron in neurons if tuning.thresholds] + [neuron.leak for neuron in neurons if tuning.leaks]
+    learned = [neuron.threshold for neuron in neurons if tuning.thresholds]
+    # Weighted spikes have no leak.
+    learned += [neuron.leak for neuron in neurons if tuning.leaks and not neuron.weighted]
     groups: list[dict[str, Any]] = [
         {"params": [weight for weight in weights if weight.ndim > 1]},
         {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},

@@ -38,8 +38,9 @@ def accelerate(
         snn: not modified.
         engine: `reference`: the scan over time in torch. `fused`: as compiled loops. `integer`: weights of `bits` bits
             (see `quantise`), spikes as bytes, sums in 32-bit integers; exact for the network in whole numbers. `count`:
-            the same in one pass for all steps, where layers wait for whole windows. `auto`: the fastest that gives the
-            spikes of `snn` itself: `count` or `integer` for a network in whole numbers, else `fused`.
+            the same in one pass for all steps, where layers wait for whole windows; weighted spikes are counted by what they
+            weigh. `auto`: the fastest that gives the spikes of `snn` itself: `count` or `integer` for a network in whole
+            numbers, else `fused`.
         precision: of the layers that read spikes; bf16 rounds their weights and currents (engine=fused).
         bits: of a weight (engine=integer, count).
         memory: what a simulation may take, in bytes or as "2GiB": it takes the batch in parts; None for what
@@ -60,14 +61,21 @@ def accelerate(
         raise OptionError(f"the {name} engine runs on the CPU, the network is on {device}; move it with .cpu(), or take fused")
     if name in ("integer", "count") and not available():
         raise OptionError(f"the {name} engine needs a build of torch with oneDNN (x86-64); take fused")
+    if name == "integer":
+        snn.refuse_weighted("the integer engine")
     if device == "cpu":
         keep_freed_memory()
     network, kept = copy.deepcopy(snn), list[str]()
     if name in ("integer", "count"):
         reasons = dict[str, str]()
         if "weight_bits" not in snn.provenance:
-            quantised = quantise(snn, bits)
+            # Of weighted spikes, levels: one step each.
+            quantised = quantise(snn.rate_coded(), bits)
             network, reasons = quantised.network, dict(entry.split(": ", 1) for entry in quantised.kept)
+            if snn.weighted:
+                for neuron in network.neurons().values():
+                    neuron.weighted = True
+                network.set_steps(snn.steps)
         with torch.no_grad():
             ShapeProp(network.network).propagate(torch.zeros(1, *network.input_shape).to(next(network.parameters())))
         if name == "count":

@@ -2,7 +2,7 @@
 
 Every signal becomes its sum over the T steps: layers add T times their bias, neurons integrate a T-th of what they get
 and pass on how often they fired. The work does not depend on T. With whole-number weights the sums are exact, so counts
-are those of the step-by-step simulation.
+are those of the step-by-step simulation. Weighted spikes are as many as the levels that they stand for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from quickspike.errors import OptionError
 from quickspike.neuron import AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean
 
 MOST = 255
-"""Largest number of steps: counts are bytes."""
+"""Largest number of steps, or levels of weighted spikes: counts are bytes."""
 
 
 class Scaled(nn.Module):
@@ -40,10 +40,12 @@ def sum_over_steps(snn: SpikingNetwork) -> None:
     """Let `snn`, in place, compute sums over the steps instead of steps.
 
     Raises:
-        OptionError: a layer does not wait for the whole window of the one before, or T > 255.
+        OptionError: a layer does not wait for the whole window of the one before, or it has more than 255 levels.
     """
-    if snn.steps > MOST:
-        raise OptionError(f"the count engine takes at most {MOST} steps, got {snn.steps}")
+    steps = snn.resolution
+    if steps > MOST:
+        what = f"spikes weighted over {snn.steps} steps, which are {steps} levels" if snn.weighted else str(steps)
+        raise OptionError(f"the count engine takes at most {MOST} steps, got {what}")
     streaming = [name for name, neuron in snn.neurons().items() if not (neuron.averaged or neuron.constant_input)]
     if streaming:
         raise OptionError(
@@ -59,18 +61,18 @@ def sum_over_steps(snn: SpikingNetwork) -> None:
         if isinstance(layer, Neuron):
             layer.counts = True
         elif isinstance(layer, Repeat):
-            module.set_submodule(str(node.target), Scaled(snn.steps))
+            module.set_submodule(str(node.target), Scaled(steps))
         elif not any(parent in timed for parent in node.all_input_nodes):
             continue
         elif node.op == "output":
-            _divide(module, node, snn.steps)
+            _divide(module, node, steps)
         elif isinstance(layer, (RunningMean, Increment)):
             raise OptionError(f"the count engine adds up whole spikes, but {node.name} is in front of real values")
         elif isinstance(layer, AccumulatedMaxPool):
             module.set_submodule(str(node.target), layer.pool)
         elif getattr(layer, "bias", None) is not None and str(node.target) not in seen:
             with torch.no_grad():
-                layer.bias.mul_(snn.steps)
+                layer.bias.mul_(steps)
         elif _adds_a_constant(node, layer):
             raise OptionError(f"the count engine cannot add a constant at every step ({node.format_node()})")
         timed.add(node)

@@ -226,7 +226,7 @@ class Bytes:
             if layer.scaled or not bool((layer.amplitude == 1).all()):
                 return None
             if layer.counts:
-                return layer.steps
+                return layer.resolution
             layer.output = torch.uint8
             return 1
         parents = [self.most[parent] for parent in node.all_input_nodes]

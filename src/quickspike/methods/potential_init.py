@@ -69,7 +69,7 @@ class PotentialInit(Method):
         histogram = ceiling.probe.histogram
         if self.ceiling == "percentile":
             return histogram.percentile(self.percentile)
-        return histogram.squared_error_ceiling(self.steps, float(self.initial_potential(site).mean()))
+        return histogram.squared_error_ceiling(self.resolution, float(self.initial_potential(site).mean()))
 
     def neuron(self, site: Site, activation: nn.Module) -> NeuronParameters:
         return NeuronParameters(ceiling_at(site, activation).ceiling, initial=self.initial_potential(site))

@@ -64,19 +64,19 @@ class QCFS(Method):
         return QuantisedReLU(site, self.granularity, self.levels, self.support)
 
     def fit(self, ann: Traced, images: ImageStream, train: Train | None = None) -> None:
-        drawn = fitting(self.steps, self.initial, self.percentile, train)
+        drawn = fitting(self.resolution, self.initial, self.percentile, train)
         learn_ceilings(ann, images, train, drawn, start=self.start, decay=self.ceiling_decay)
 
     def neuron(self, site: Site, activation: nn.Module) -> NeuronParameters:
         return NeuronParameters(ceiling_at(site, activation).ceiling, initial=self.initial)
 
 
-def fitting(steps: int, initial: float, percentile: float, train: Train | None) -> Callable[[Site, LearnedCeiling], Tensor]:
-    """How ceilings of a staircase follow from what was seen: a training moves them, without one they have to fit T steps at once."""
+def fitting(levels: int, initial: float, percentile: float, train: Train | None) -> Callable[[Site, LearnedCeiling], Tensor]:
+    """How ceilings of a staircase follow from what was seen: a training moves them, without one they have to fit the steps at once."""
 
     def drawn(site: Site, ceiling: LearnedCeiling) -> Tensor:
         histogram = ceiling.probe.histogram
-        return histogram.squared_error_ceiling(steps, initial) if train is None else histogram.percentile(percentile)
+        return histogram.squared_error_ceiling(levels, initial) if train is None else histogram.percentile(percentile)
 
     return drawn
 

@@ -79,12 +79,12 @@ class RateEncoded(Method):
     @property
     def levels_per_unit(self) -> float:
         """L."""
-        return self.levels or float(self.steps)
+        return self.levels or float(self.resolution)
 
     @property
     def range(self) -> float:
         """C = T/L, in units of the layer."""
-        return self.steps / self.levels_per_unit
+        return self.resolution / self.levels_per_unit
 
     def source(self, model: nn.Module) -> nn.Module:
         encodes = self.encode_input or self.expansion != "none"
@@ -156,7 +156,7 @@ class LevelReLU(nn.Module):
         super().__init__()
         self.encodes_input, self.ceiling = site.encodes_input, site.ceiling
         self.probe = CeilingProbe(site, "layer")
-        self.steps, self.shift, self.per_unit = method.steps, method.initial + method.guard, method.levels_per_unit
+        self.steps, self.shift, self.per_unit = method.resolution, method.initial + method.guard, method.levels_per_unit
         self.quantised, self.started = True, False
         self.register_buffer("unit", torch.tensor(1.0))
         self.register_buffer("levels", self._levels(site, method))

@@ -59,7 +59,7 @@ class SlipReLU(Method):
         return SlippedReLU(site, self)
 
     def fit(self, ann: Traced, images: ImageStream, train: Train | None = None) -> None:
-        drawn = fitting(self.steps, self.initial, self.percentile, train)
+        drawn = fitting(self.resolution, self.initial, self.percentile, train)
         learn_ceilings(ann, images, train, drawn, start=self.start, decay=self.ceiling_decay)
 
     def neuron(self, site: Site, activation: nn.Module) -> NeuronParameters:

@@ -76,7 +76,7 @@ class ThresholdBalancing(Method):
         if self.ceiling == "balanced":
             ceiling = histogram.balanced_ceiling(self.updates, self.rate)
         elif self.ceiling == "squared_error":
-            ceiling = histogram.squared_error_ceiling(self.fit_steps or self.steps, self.initial)
+            ceiling = histogram.squared_error_ceiling(self.fit_steps or self.resolution, self.initial)
         else:
             ceiling = histogram.percentile(self.percentile)
         return NeuronParameters(probe.finish(ceiling * self.scale), initial=self.initial)

@@ -91,7 +91,7 @@ class UltraLowLatency(Method):
     def neuron(self, site: Site, activation: nn.Module) -> NeuronParameters:
         ceiling = percentiles_at(site, activation)
         mu = float(ceiling.ceiling.detach())
-        theta, beta = search(ceiling.percentiles(), mu, self.steps, self.criterion, self.initial)
+        theta, beta = search(ceiling.percentiles(), mu, self.resolution, self.criterion, self.initial)
         return NeuronParameters(
             torch.tensor(theta, dtype=torch.float32), initial=self.initial, amplitude=beta * self.amplitude_factor, strict=True
         )

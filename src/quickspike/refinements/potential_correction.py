@@ -27,7 +27,7 @@ class PotentialCorrection(Correction):
 
     On each batch v(0) <- v(0) + rate * T * (mean of the source network - mean of the spikes), means over samples and steps,
     before the layers behind see the spikes. A neuron keeps the mean of its corrections over the batches of the last pass.
-    What is corrected holds for one T.
+    What is corrected holds for one T; weighted spikes have 2^T - 1 in its place.
 
     Differs from the paper, which corrects once on one batch and from v(0) = 0 on: here v(0) is the method's, and further
     batches close what a silent or saturated neuron does not answer to.
@@ -51,7 +51,7 @@ class PotentialCorrection(Correction):
             lacking = (wanted - mean(firing.mean(firing.outputs(current)))) / self._shaped(firing.gain, wanted)
             lacking = lacking if self.granularity == "neuron" else site.per_channel(lacking)
             theta, _ = neuron.bounded()
-            initial = neuron.initial + (self.rate * both.share * snn.steps * lacking / theta).to(neuron.initial)
+            initial = neuron.initial + (self.rate * both.share * neuron.resolution * lacking / theta).to(neuron.initial)
             neuron.initial = nn.Parameter(initial, requires_grad=False)
             sums[name] = initial.double() + sums.get(name, 0)
             return current
