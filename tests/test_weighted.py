@@ -18,6 +18,7 @@ import quickspike as qs
 from quickspike.anatomy import anatomy_of
 from quickspike.api import finish, fit, tune
 from quickspike.data import DataSet, ImageStream
+from quickspike.energy import energy_of
 from quickspike.engines import accelerate
 from quickspike.errors import ConversionError, OptionError
 from quickspike.evaluation import make_fabric
@@ -308,6 +309,10 @@ def test_operations_count_each_spike_once(converted: Converted, random_images: I
     assert found.total("updates") * 7 == plain.total("updates") * 3
     assert 0 < found.total("accumulates") < plain.total("accumulates")
     assert found.total("multiplies") == plain.total("multiplies")
+    told, silent = ([note for note in energy_of(one).caveats if "shifts" in note] for one in (found, plain))
+    assert (len(told), silent) == (1, [])
+    assert found.to_json()["weighted"]
+    assert "weighted" not in plain.to_json()
 
 
 def test_the_anatomy_finds_no_unevenness(converted: Converted, random_network: Networks, random_images: Images) -> None:

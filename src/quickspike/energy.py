@@ -148,6 +148,8 @@ def _caveats(operations: Operations, device: Device, account: Account) -> tuple[
     if operations.total("multiplies"):
         often = "once" if operations.first == "once" else f"at each of {operations.steps} steps"
         found.append(f"layers that read the image multiply, {often}")
+    if operations.weighted:
+        found.append("spikes are weighted by their step: a neuron shifts what it has once a step, which costs nothing here")
     if device.multiply is None:
         found.append(f"{device.name} does not multiply: layers that read real values, and the source network, cost as on 45nm_fp32")
     if account == "papers":

@@ -616,7 +616,10 @@ def _limits(snn: SpikingNetwork) -> str:
     if any(neuron.averaged for neuron in snn.neurons().values()):
         found.append("Layers wait for the whole window of the layer before: the answer takes depth x T steps.")
     if snn.weighted:
-        found.append("The spike of step t counts 2^(T-t) times as much as the last one: hardware has to shift what it brings.")
+        found.append(
+            "The spike of step t counts 2^(T-t) times as much as the last one, as in radix encoding (Wang et al. 2021, "
+            "[arXiv 2105.06943](https://arxiv.org/abs/2105.06943)): hardware has to shift what it brings."
+        )
     runs = {neuron.first_run for neuron in snn.neurons().values() if neuron.first_run}
     for kind, steps in sorted(runs):
         what = (

@@ -65,6 +65,8 @@ class Operations:
     images: int
     steps: int
     first: First
+    weighted: bool = False
+    """Spikes are weighted by their step."""
 
     def total(self, field: str) -> float:
         """Sum of a field of `Counts`."""
@@ -85,7 +87,8 @@ class Operations:
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         rows = [asdict(row) for row in self.rows]
-        return {"images": self.images, "steps": self.steps, "first": self.first, "metrics": self.metrics, "rows": rows}
+        about = {"images": self.images, "steps": self.steps, "first": self.first} | ({"weighted": True} if self.weighted else {})
+        return about | {"metrics": self.metrics, "rows": rows}
 
 
 def count_operations(snn: SpikingNetwork, data: Batches, first: First = "once") -> Operations:
@@ -122,7 +125,7 @@ def count_operations(snn: SpikingNetwork, data: Batches, first: First = "once") 
     if images == 0:
         raise DataError("there are no images to count operations on")
     rows = (Counts(name, kind, **{field: value / images for field, value in counts.items()}) for (name, kind), counts in totals.items())
-    return Operations(tuple(rows), images, snn.steps, first)
+    return Operations(tuple(rows), images, snn.steps, first, snn.weighted)
 
 
 class _Signal(NamedTuple):
