@@ -6,8 +6,9 @@
 A mode is streaming, signed (neurons take spikes back), synchronous (layers wait for whole windows) or weighted (likewise, and the
 spike of step t counts 2^(T-t) times as much as the last; T up to 8), with the factor on every ceiling behind it. Ceilings depend on
 T, the activations that they are drawn from do not: the images are gone through once. Each T has a conversion of its own, but
-those above --share take the one for that many steps and run longer, all in one simulation. Weights have 8 bits: synchronous and weighted networks run on the engine `count`, whose time does not depend on T,
-streaming ones on `integer`. Spikes that are taken back are no bytes, so that `signed` stays in floating point, as all do with --float.
+those above --share take the one for that many steps and run longer, all in one simulation. Weights have 8 bits: synchronous and
+weighted networks run on the engine `count`, whose time does not depend on T, streaming ones on `integer`. Spikes that are taken
+back are no bytes, so that `signed` stays in floating point, as all do with --float.
 
 With --held-out every N-th calibration image calibrates nothing, and the agreement with the source network on these is
 shown instead: this is how the factors are chosen, without a look at the test images. With --refine each T has a conversion

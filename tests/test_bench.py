@@ -260,14 +260,15 @@ def test_one_calibration_gives_what_a_conversion_for_each_number_of_steps_gives(
     from quickspike.preprocessing import Preprocessing
 
     many, out = script("many_steps"), tmp_path / "out"
-    modes = ("streaming:0.9", "signed", "synchronous")
+    modes = ("streaming:0.9", "signed", "synchronous", "weighted")
     arguments = (*toy, "--steps", 2, 4, 8, "--calibration-images", 30, "--share", 4, "--modes", *modes, "--out", out)
     run_main(many, monkeypatch, *arguments)
     reports = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
     assert set(reports) == {f"{mode}-{steps}" for mode in many.MODES for steps in (2, 4, 8)}
     assert reports["streaming-8"]["method"]["options"] | {"steps": 4, "scale": 0.9} == reports["streaming-8"]["method"]["options"]
     assert (reports["streaming-8"]["fitted_for"], reports["synchronous-8"]["fitted_for"]) == (4, 8)
-    assert reports["synchronous-4"]["settings"]["engine"]["name"] == "count"
+    assert reports["synchronous-4"]["settings"]["engine"]["name"] == reports["weighted-4"]["settings"]["engine"]["name"] == "count"
+    assert (reports["weighted-8"]["fitted_for"], reports["weighted-8"]["method"]["options"]["weighted"]) == (8, True)
     assert sum(report["reference_accuracy"] is not None for report in reports.values()) == 1
     data = load_data(toy[2], preprocessing=Preprocessing((0.5,), (0.25,)))
     model, images = load_model(toy[0], toy[1]), data.loader("train", limit=30)

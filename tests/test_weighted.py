@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,7 @@ def test_more_steps_come_closer_by_powers_of_two(random_network: Networks, rando
             snn = qs.convert(network, images, "threshold_balancing", ceiling="percentile", percentile=100, steps=steps, weighted=True)
             errors.append(float((snn(images) - network(images)).square().mean().sqrt()))
     # Two steps are four times as many levels.
-    assert all(3 < before / after < 7 for before, after in zip(errors, errors[1:], strict=False)), errors
+    assert all(3 < before / after < 7 for before, after in itertools.pairwise(errors)), errors
 
 
 def test_a_network_can_be_made_weighted(converted: Converted, random_images: Images) -> None:

@@ -54,8 +54,8 @@ class Method(abc.ABC):
     )
     weighted: bool = option(
         False,
-        f"the spike of step t counts 2^(T-t) times as much as the last: 2^T levels in T steps (at most {MOST_WEIGHTED}); layers wait as "
-        "with synchronous; for hardware that shifts",
+        f"each spike counts twice as much as one at the next step: 2^T levels in T steps (at most {MOST_WEIGHTED}); layers wait as with "
+        "synchronous; for hardware that shifts",
     )
     sites: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
     """Options at some sites only, by a pattern of their names: {"layer1.*": {"initial": 0.0}}; the last that fits wins."""
