@@ -5,7 +5,8 @@
 #
 # NETWORKS.py holds the factories squeezenet_v10_imagenet and mobilenet_v1_075_imagenet. IMAGENET_SAMPLE.npz holds 1,000
 # training images of 224 x 224 pixels, one per class, which calibrate, and 500 validation images. The source networks have
-# 57.0 and 64.8 %. Per network: streaming and synchronous, with 8-bit weights (engines `integer` and `count`), and with signed neurons.
+# 57.0 and 64.8 %. Per network: streaming and synchronous, with 8-bit weights (engines `integer` and `count`), and with signed neurons;
+# MODES=weighted STEPS="4 5 6 8" for spikes weighted by their step (T up to 8).
 # OUT gets a folder for each network with a report MODE-T.json each and table.md. A run that was stopped goes on where it
 # stopped. MODES="..." and STEPS="..." run some only; CALIBRATION=N and IMAGES=N take fewer images, for a try;
 # REFINE="bias_correction:images=96,batch=4,rate=0.5" refines every network for its T (files MODE_refined-T.json, or of another LABEL);
