@@ -167,7 +167,8 @@ def _rewrite(captured: Captured, folded: bool, pools_in_front: bool, classified:
     """Fold, move, name the sites, and prove that the graph still computes what the source network computes."""
     recorder = _arranged(captured, folded, pools_in_front)
     try:
-        _prove(captured, recorder.result, _noise(captured.example))
+        noise = _noise(captured.example)
+        _prove(captured, recorder.result, noise, _asked(captured, noise))
     except TraceError:
         if captured.example.dtype == torch.float64:
             raise
@@ -176,7 +177,10 @@ def _rewrite(captured: Captured, folded: bool, pools_in_front: bool, classified:
         if double is None:
             raise
         classified(double)
-        _prove_where_calm(double, _arranged(double, folded, pools_in_front).result)
+        probes = [_Probe.on(double, noise) for noise in (_noise(double.example), _moved(double.example))]
+        # Folding leaves each layer once only if nobody keeps those that the network came with.
+        double = replace(double, source=nn.Module())
+        _prove_where_calm(double, _arranged(double, folded, pools_in_front).result, probes)
     # Approximations come in once the rest is proven right.
     if put_lines(captured.module):
         _name_sites(captured.module)
@@ -209,34 +213,61 @@ def _arranged(captured: Captured, folded: bool, pools_in_front: bool) -> Recorde
     return recorder
 
 
-def _prove(captured: Captured, got: Outputs, noise: Tensor) -> None:
-    """Raise TraceError unless the graph gives what the source network gives, on the example and on noise."""
+def _asked(captured: Captured, images: Tensor) -> Outputs:
+    """What the source network gives."""
+    with torch.no_grad():
+        given: Outputs = captured.source(images.clone())
+        return given
+
+
+def _prove(captured: Captured, got: Outputs, noise: Tensor, wanted: Outputs) -> None:
+    """Raise TraceError unless the graph gives what the source network gives: on the example, and on noise what is `wanted`."""
     _verify(captured, captured.expected, got)
     # An example of zeros or of positive values hides what an in-place operation on an alias does.
     with torch.no_grad():
         both = captured.module(noise)
-        _verify(captured, captured.source(noise.clone()), both)
+        _verify(captured, wanted, both)
         _verify_alone(captured, both, captured.module(noise[:1]))
 
 
-def _prove_where_calm(double: Captured, got: Outputs) -> None:
-    """`_prove` on noise or, if rounding decides what the network answers to that, on the example mirrored and moved.
+@dataclass(frozen=True)
+class _Probe:
+    """Images, and what a source network gives for them."""
+
+    images: Tensor
+    answer: Outputs
+    again: float
+    """How far apart two calls are."""
+    moved: float
+    """How far answers move where the images do by a rounding."""
+
+    @staticmethod
+    def on(captured: Captured, images: Tensor) -> _Probe:
+        answer = _asked(captured, images)
+        again = apart(answer, _asked(captured, images))
+        return _Probe(images, answer, again, apart(answer, _asked(captured, images * (1 + ROUNDED))))
+
+
+def _moved(example: Tensor) -> Tensor:
+    """The example mirrored in value, and moved by a pixel."""
+    return torch.cat([-example[:1], example[:1].roll(1, -1)])
+
+
+def _prove_where_calm(double: Captured, got: Outputs, probes: Sequence[_Probe]) -> None:
+    """`_prove` on the first of the probes where rounding does not decide what the network answers.
 
     Raises:
         TraceError: the graph is wrong, or rounding decides everything, so that comparing says nothing.
     """
-    for probe in (_noise(double.example), torch.cat([-double.example[:1], double.example[:1].roll(1, -1)])):
+    for probe in probes:
         try:
-            return _prove(double, got, probe)
+            return _prove(double, got, probe.images, probe.answer)
         except TraceError:
-            with torch.no_grad():
-                answer, again = double.source(probe.clone()), double.source(probe.clone())
-                moved = apart(again, double.source(probe * (1 + ROUNDED)))
             # What differs from call to call, or is no number, is no matter of rounding.
-            if not apart(answer, again) == 0 or not moved > CALM * _tolerance(double):
+            if not probe.again == 0 or not probe.moved > CALM * _tolerance(double):
                 raise
     raise TraceError(
-        f"{double.name} is chaotic: its answers move by {moved:.1e} of their size where its input moves by {ROUNDED:.0e} of its own, "
+        f"{double.name} is chaotic: its answers move by {probe.moved:.1e} of their size where its input moves by {ROUNDED:.0e} of its own, "
         "so that nothing can tell whether its graph is right. Way out: trained weights; drawn ones do this in very deep networks"
     )
 
