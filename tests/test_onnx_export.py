@@ -91,6 +91,20 @@ def test_random_networks_give_our_logits(tmp_path_factory: pytest.TempPathFactor
     same(snn, images, tmp_path_factory.mktemp("onnx"), step=kind != "synchronous")
 
 
+def test_weighted_spikes_give_our_logits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, images = (
+        nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Flatten()),
+        torch.randn(6, 2, 10, 10),
+    )
+    for method, steps in (("potential_init", 4), ("ultra_low_latency", 3)):
+        snn = qs.convert(net.eval(), images, method, steps=steps, weighted=True)
+        same(snn, images, tmp_path, step=False)
+    with pytest.raises(OptionError, match=r"its spikes are weighted.*unrolled"):
+        to_onnx(snn, tmp_path / "step.onnx", "step")
+    assert check_onnx(tmp_path / "whole.onnx")["neurons"][snn.sites[0].name]["weighted"] is True
+
+
 @settings(max_examples=2, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(**{**LAYERS, "steps": st.integers(1, 4)})
 def test_convolutions_of_all_kinds_give_our_logits(tmp_path_factory: pytest.TempPathFactory, **drawn: Any) -> None:

@@ -53,6 +53,17 @@ def test_programs_give_our_numbers_without_quickspike(written: tuple[SpikingNetw
     assert not any("quickspike" in str(node.target) for node in program.graph.nodes)
 
 
+@pytest.mark.parametrize("method", ["potential_init", "rate_encoded", "ultra_low_latency"])
+def test_weighted_spikes_are_ours_too(method: str, tmp_path: Path) -> None:
+    """Heights at the threshold, beside it, and neurons that fire above it only."""
+    torch.manual_seed(0)
+    net, images = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(40, 3)
+    snn = qs.convert(net, images, method, steps=3, weighted=True)
+    to_program(snn, tmp_path / "net.pt2")
+    with torch.no_grad():
+        torch.testing.assert_close(load_program(tmp_path / "net.pt2").module()(images), snn(images), rtol=1e-5, atol=1e-6)
+
+
 def test_programs_are_the_same_bytes_and_name_no_folder(tmp_path: Path) -> None:
     torch.manual_seed(0)
     snn = qs.convert(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(4, 3), steps=2).as_synchronous()

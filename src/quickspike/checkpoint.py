@@ -109,10 +109,12 @@ def _layer_to_json(layer: nn.Module) -> dict[str, Any]:
     if isinstance(layer, Neuron):
         arguments: dict[str, Any] = {"constant_input": layer.constant_input, "scaled": layer.scaled, "strict": layer.strict}
         arguments["averaged"] = layer.averaged
-        arguments |= {flag: True for flag in ("signed", "to_zero", "weighted") if getattr(layer, flag)}
+        arguments |= {flag: True for flag in ("signed", "to_zero") if getattr(layer, flag)}
         arguments |= {"surrogate": dataclasses.asdict(layer.surrogate)}
+        # Types of their own, so that versions that do not know of them do not take them for plain ones.
+        if layer.weighted:
+            return {"type": "WeightedNeuron", "arguments": arguments}
         if isinstance(layer, RehearsedNeuron):
-            # A type of its own, so that versions that do not know of it do not take it for a plain one.
             return {"type": "RehearsedNeuron", "arguments": arguments | {"kind": layer.kind, "rehearsal": layer.rehearsal}}
         return {"type": "Neuron", "arguments": arguments}
     if isinstance(layer, AfterRehearsal):
@@ -328,13 +330,13 @@ def _place(root: nn.Module, path: str, thing: nn.Module | Tensor) -> None:
 
 def _layer_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor], steps: int, name: str) -> nn.Module:
     kind, arguments = data["type"], data["arguments"]
-    if kind in ("Neuron", "RehearsedNeuron"):
+    if kind in ("Neuron", "WeightedNeuron", "RehearsedNeuron"):
         surrogate = Surrogate(**arguments["surrogate"])
         # Flags that came later are left out where they are false, and so they are in files from before.
-        later = dict.fromkeys(("averaged", "signed", "to_zero", "weighted"), False)
+        later = dict.fromkeys(("averaged", "signed", "to_zero"), False)
         flags = {flag: _flag({**later, **arguments}, flag) for flag in ("scaled", "strict", *later)}
-        made = (NeuronParameters(torch.ones(()), **flags), steps, _flag(arguments, "constant_input"), surrogate)
-        first_run = {} if kind == "Neuron" else {key: arguments[key] for key in ("kind", "rehearsal")}
+        made = (NeuronParameters(torch.ones(()), **flags, weighted=kind == "WeightedNeuron"), steps, _flag(arguments, "constant_input"), surrogate)
+        first_run = {key: arguments[key] for key in ("kind", "rehearsal")} if kind == "RehearsedNeuron" else {}
         neuron = RehearsedNeuron(*made, **first_run) if first_run else Neuron(*made)
         # Past the checks of NeuronParameters: training may have left a threshold below 0, where it acts as the smallest.
         for key, tensor in _exactly(tensors, _NEURON_TENSORS, name).items():
