@@ -43,7 +43,7 @@ def published() -> list[dict[str, Any]]:
 def converted(wanted: Callable[[dict[str, Any], list[str]], bool]) -> Figures:
     """The ResNet-20 checkpoint, no training: by T, of the reports that `wanted` takes by their options and refinements."""
     found: dict[int, str] = {}
-    for name in ("resnet20_cifar10.json", "resnet20_cifar10_signed.json", "resnet20_cifar10_refined.json"):
+    for name in ("resnet20_cifar10.json", *(f"resnet20_cifar10_{kind}.json" for kind in ("signed", "refined", "weighted"))):
         for report in json.loads((RESULTS / name).read_text(encoding="utf-8")):
             method = report["method"]
             refinements = [one["name"] for one in method.get("refinements", ())]
@@ -62,6 +62,11 @@ def trained(name: str, stage: str) -> Figures:
     }
 
 
+def own(recipe: str, steps: int) -> str:
+    """What a recipe of `fast_cnn` gave at the T that it is for."""
+    return trained(f"cifar10_fast_cnn_{recipe}.json", "converted")[steps]
+
+
 def signed_bias(options: dict[str, Any], refinements: list[str]) -> bool:
     """Neurons that take spikes back, with bias correction: an answer after T steps."""
     return bool(options.get("signed")) and refinements == ["bias_correction"]
@@ -70,6 +75,11 @@ def signed_bias(options: dict[str, Any], refinements: list[str]) -> bool:
 def waiting_weights(options: dict[str, Any], refinements: list[str]) -> bool:
     """Layers that wait for whole windows, with calibrated weights."""
     return bool(options.get("synchronous")) and refinements == ["weight_calibration"]
+
+
+def weighted(options: dict[str, Any], refinements: list[str]) -> bool:
+    """Spikes weighted by their step, with bias correction where it was run: the file has those reports last."""
+    return bool(options.get("weighted")) and refinements in ([], ["bias_correction"])
 
 
 def cell(figures: list[dict[str, Any]]) -> str:
@@ -85,8 +95,10 @@ def table() -> str:
     columns = {
         "ours, no training, after T": converted(signed_bias),
         "ours, no training, synchronous": converted(waiting_weights),
-        "ours, trained, after T": trained("cifar10_fast_resnet_ultra_low_latency_t2.json", "tuned"),
+        "ours, no training, weighted": converted(weighted),
+        "ours, trained, after T": {**trained("cifar10_fast_resnet_ultra_low_latency_t2.json", "tuned"), 1: own("qcfs_t1", 1)},
         "ours, trained, synchronous": trained("cifar10_fast_cnn_qcfs_l8.json", "synchronous"),
+        "ours, trained, weighted": {steps: own(f"qcfs_weighted_t{steps}", steps) for steps in (2, 4)},
     }
     lines = ["| T | published, converted | published, fine-tuned | " + " | ".join(columns) + " |", "|--:|---|---|" + "--:|" * len(columns)]
     figures = published()
@@ -97,7 +109,7 @@ def table() -> str:
     digits = [one for one in figures if one["data"] == "MNIST"]
     ours = trained("mnist_rate_encoded_t1.json", "converted")
     for one in digits:
-        lines.append(f"| {one['steps']}, MNIST | {cell([one])} | | | | | {ours[one['steps']]} |")
+        lines.append(f"| {one['steps']}, MNIST | {cell([one])} |{' |' * (len(columns) - 1)} {ours[one['steps']]} |")
     return "\n".join(lines)
 
 
