@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import gc
 import operator
 import re
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import quickspike as qs
+from quickspike import graph as graph_module
 from quickspike.capture import capture
 from quickspike.errors import DataError, QuickspikeError, TraceError, UnsupportedOperatorError
 from quickspike.memory import out_of_memory
@@ -1656,3 +1658,36 @@ def test_noise_that_only_rounding_decides_about_is_not_what_a_network_is_proven_
     monkeypatch.setattr("quickspike.graph.fold_batch_norm", spoilt)
     with pytest.raises(TraceError, match="does not compute what"):
         qs.trace(network, example)
+
+
+def test_the_proof_in_double_precision_holds_every_layer_once(monkeypatch):
+    """A network of gigabytes is to fit: folded layers take the place of those that the recording came with."""
+    layers = [layer for _ in range(4) for layer in (nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())]
+    net, held = nn.Sequential(*layers).eval(), []
+    prove, where_calm = graph_module._prove, graph_module._prove_where_calm
+
+    def fails(captured, *arguments):
+        if captured.example.dtype == torch.float32:
+            raise TraceError("off by more than a rounding")
+        prove(captured, *arguments)
+
+    def in_double():
+        storages = {
+            one.untyped_storage().data_ptr(): one.numel()
+            for one in gc.get_objects()
+            if type(one) is nn.Parameter and one.dtype == torch.float64
+        }
+        return sum(storages.values())
+
+    def counting(*arguments):
+        held.append(in_double())
+        where_calm(*arguments)
+
+    monkeypatch.setattr(graph_module, "_prove", fails)
+    monkeypatch.setattr(graph_module, "_prove_where_calm", counting)
+    gc.collect()
+    before = in_double()
+    qs.inspect(net, torch.randn(1, 16, 5, 5))
+    weights = sum(layer.weight.numel() + layer.bias.numel() for layer in layers if isinstance(layer, nn.Conv2d))
+    assert [one - before for one in held] == [weights]
+    assert in_double() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -173,14 +174,9 @@ def _rewrite(captured: Captured, folded: bool, pools_in_front: bool, classified:
         if captured.example.dtype == torch.float64:
             raise
         # A deep network can blow rounding up beyond every tolerance. In double precision it cannot, but an error stays one.
-        double = _in_double(captured)
-        if double is None:
+        if not _proven_in_double(captured, folded, pools_in_front, classified):
             raise
-        classified(double)
-        probes = [_Probe.on(double, noise) for noise in (_noise(double.example), _moved(double.example))]
-        # Folding leaves each layer once only if nobody keeps those that the network came with.
-        double = replace(double, source=nn.Module())
-        _prove_where_calm(double, _arranged(double, folded, pools_in_front).result, probes)
+        gc.collect()
     # Approximations come in once the rest is proven right.
     if put_lines(captured.module):
         _name_sites(captured.module)
@@ -198,6 +194,24 @@ def _rewrite(captured: Captured, folded: bool, pools_in_front: bool, classified:
         for call in captured.module.graph.nodes
         if isinstance(_site_module(captured.module, call), ReLU)
     )
+
+
+def _proven_in_double(captured: Captured, folded: bool, pools_in_front: bool, classified: Callable[[Captured], object]) -> bool:
+    """Prove the same rewriting of the same network in double precision; False where it cannot compute in it.
+
+    Raises:
+        TraceError: see `_prove_where_calm`.
+    """
+    double = _in_double(captured)
+    if double is None:
+        return False
+    classified(double)
+    probes = [_Probe.on(double, noise) for noise in (_noise(double.example), _moved(double.example))]
+    # Folding leaves each layer once only if nobody keeps those that the network came with; recordings are cycles that do.
+    double = replace(double, source=nn.Module())
+    gc.collect()
+    _prove_where_calm(double, _arranged(double, folded, pools_in_front).result, probes)
+    return True
 
 
 def _arranged(captured: Captured, folded: bool, pools_in_front: bool) -> Recorder:
