@@ -335,7 +335,8 @@ def _layer_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor], ste
         # Flags that came later are left out where they are false, and so they are in files from before.
         later = dict.fromkeys(("averaged", "signed", "to_zero"), False)
         flags = {flag: _flag({**later, **arguments}, flag) for flag in ("scaled", "strict", *later)}
-        made = (NeuronParameters(torch.ones(()), **flags, weighted=kind == "WeightedNeuron"), steps, _flag(arguments, "constant_input"), surrogate)
+        flags["weighted"] = kind == "WeightedNeuron"
+        made = (NeuronParameters(torch.ones(()), **flags), steps, _flag(arguments, "constant_input"), surrogate)
         first_run = {key: arguments[key] for key in ("kind", "rehearsal")} if kind == "RehearsedNeuron" else {}
         neuron = RehearsedNeuron(*made, **first_run) if first_run else Neuron(*made)
         # Past the checks of NeuronParameters: training may have left a threshold below 0, where it acts as the smallest.
