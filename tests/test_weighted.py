@@ -225,6 +225,14 @@ def test_a_network_can_be_made_weighted(converted: Converted, random_images: Ima
     assert streaming.rate_coded().steps == streaming.steps
 
 
+@pytest.mark.parametrize("engine", ["fused", "integer", "count"])
+def test_accelerated_networks_stay_as_they_are(engine: Any, random_network: Networks, random_images: Images) -> None:
+    images = random_images("chain", 8).float()
+    plain = qs.convert(random_network("chain").float(), images, "potential_init", steps=3, synchronous=engine == "count")
+    with pytest.raises(OptionError, match=f"made for the {engine} engine"):
+        accelerate(plain, engine).as_weighted()
+
+
 def test_first_neurons_that_encode_pixels_wait_for_nothing(random_network: Networks, random_images: Images) -> None:
     images = torch.sigmoid(random_images("chain", 16, seed=1))
     snn = qs.convert(random_network("chain"), images, "rate_encoded", steps=3, encode_input=True, weighted=True)

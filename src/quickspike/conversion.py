@@ -196,8 +196,11 @@ class SpikingNetwork(nn.Module):
         Thresholds stay as they are; `convert(..., weighted=True)` fits them for that many levels.
 
         Raises:
-            OptionError: neurons have a first run, take spikes back, leak or are set to 0, or T is too large.
+            OptionError: neurons have a first run, take spikes back, leak or are set to 0, T is too large, or the network was accelerated.
         """
+        if "engine" in self.provenance:
+            name = self.provenance["engine"]["name"]
+            raise OptionError(f"this network was made for the {name} engine; weigh the spikes of the one that it was made from")
         other = self.as_synchronous()
         _check_weighted(other.steps)
         for name, neuron in other.neurons().items():
