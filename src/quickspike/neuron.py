@@ -39,7 +39,7 @@ MAX_STEPS = 65536
 """More time steps than any network needs; a larger number is a mistake or a hostile file."""
 
 MOST_WEIGHTED = 12
-"""Largest T of weighted spikes. With 4095 levels there is nothing left to gain; the last few already fall below what rounding moves."""
+"""Largest T of weighted spikes: with 4095 levels there is nothing left to gain."""
 
 SMALLEST_THRESHOLD = 1e-8
 """A threshold never acts below this: a learned one could otherwise turn negative, and a silent channel's is 0."""
