@@ -33,7 +33,7 @@ GRAPHS ?= 500
 
 # Random networks, always the same ones: each converts rightly or is refused by name.
 graphs: $(READY)
-	@$(BIN)/python tests/test_random_graphs.py $(GRAPHS)
+	@$(BIN)/python tests/test_random_graphs.py $(GRAPHS) results/random_graphs.json
 
 KILLS ?= 50
 

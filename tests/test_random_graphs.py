@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import os
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
 import quickspike as qs
+from quickspike.console import track
 from quickspike.errors import UnsupportedOperatorError
+from quickspike.files import check_writable, write_text
+from quickspike.provenance import commit, machine, versions
 from random_graphs import IMAGE, REFUSED, Drawn, RandomGraph, all_networks, drawn_networks
 
 EXAMPLES = int(os.environ.get("QUICKSPIKE_GRAPHS", "12"))
@@ -162,25 +168,42 @@ def test_the_error_falls_as_the_number_of_steps_rises(name: str) -> None:
     assert -1.2 < slope < -0.8, errors
 
 
-def main(count: int) -> None:
-    """`make graphs`: as many networks, always the same ones, and one line that says how it went."""
+def main(count: int, out: Path) -> None:
+    """`make graphs`: as many networks, always the same ones, one line that says how it went, and a report."""
+    check_writable(out)
     found: list[Found | None] = []
+    bar = iter(track(range(count), "random graphs"))
+    started = time.perf_counter()
 
     @settings(drawing, max_examples=count, derandomize=True, database=None)
     @given(all_networks())
     def every(drawn: Drawn) -> None:
+        next(bar, None)
         found.append(check(drawn))
 
+    # A network that fails is drawn again and again, to find a smaller one: then there is no report, but an error.
     every()
     right = [one for one in found if one is not None]
-    worst = ", ".join(
-        f"{name} {max(getattr(one, name) for one in right):.2g}" for name in ("graph", "synchronous", "weighted", "streaming")
-    )
+    worst = {field.name: float(f"{max(getattr(one, field.name) for one in right):.2g}") for field in dataclasses.fields(Found)}
+    refused = len(found) - len(right)
     sys.stdout.write(
-        f"{len(found)} random graphs: {len(right)} converted, {len(found) - len(right)} refused by name, 0 wrong, 0 crashes; "
-        f"largest relative errors: {worst} (T = {STEPS} synchronous, {WEIGHTED} weighted, {STREAMED[1]} streaming)\n"
+        f"{len(found)} random graphs: {len(right)} converted, {refused} refused by name, 0 wrong, 0 crashes; largest relative errors: "
+        f"{', '.join(f'{name} {error:g}' for name, error in worst.items())} (T = {STEPS} synchronous, {WEIGHTED} weighted, "
+        f"{STREAMED[1]} streaming)\n"
     )
+    report = {
+        "networks": len(found),
+        "converted": len(right),
+        "refused_by_name": refused,
+        "largest_relative_errors": worst,
+        "steps": {"synchronous": STEPS, "weighted": WEIGHTED, "streaming": STREAMED[1]},
+        "seconds": round(time.perf_counter() - started),
+        **{"commit": commit(), "machine": machine(), "versions": versions()},
+    }
+    write_text(out, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    # As in the tests: these networks are too small to share out.
+    torch.set_num_threads(1)
+    main(int(sys.argv[1]), Path(sys.argv[2]))
