@@ -335,6 +335,22 @@ def test_the_anatomy_finds_no_unevenness(converted: Converted, random_network: N
         assert site.sizes["quantisation"] > 1e-3
 
 
+def test_the_anatomy_knows_who_fires_above_a_threshold_only(dyadic_network: Networks, dyadic_images: Images) -> None:
+    """Thresholds that currents often meet: taken as reached, they would be called a fault of the neurons."""
+    images = dyadic_images("chain", 16)
+    snn = qs.convert(dyadic_network("chain"), images, "ultra_low_latency", steps=3, weighted=True)
+    for neuron in snn.neurons().values():
+        assert neuron.strict
+        for tensor, value in ((neuron.threshold, 7 / 8), (neuron.initial, 0.0), (neuron.amplitude, 1.0)):
+            tensor.data.fill_(value)
+    assert [site.sizes["neuron"] for site in anatomy_of(snn, [images]).sites] == [0.0] * len(snn.sites)
+    loose = copy.deepcopy(snn)
+    for neuron in loose.neurons().values():
+        neuron.strict = False
+    with torch.no_grad():
+        assert not torch.equal(loose(images), snn(images)), "nothing meets a threshold, so that this shows nothing"
+
+
 def test_a_search_tries_no_more_steps_than_there_are(digits_source: nn.Module, digits_calibration: Tensor) -> None:
     data = [(digits_calibration[:50], digits_source(digits_calibration[:50]).argmax(1))]
     tried = search(digits_source, digits_calibration, data, [Candidate("rate_norm", {"weighted": True})], max_drop=0.0, device="cpu")
