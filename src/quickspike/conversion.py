@@ -170,7 +170,7 @@ class SpikingNetwork(nn.Module):
     @property
     def resolution(self) -> int:
         """Levels above 0 that a neuron tells apart in T steps."""
-        return levels_of(self.steps) if self.weighted else self.steps
+        return levels_of(self.steps, self.weighted)
 
     def refuse_weighted(self, what: str) -> None:
         """Raise OptionError if spikes are weighted, which `what` has no place for."""
@@ -212,11 +212,10 @@ class SpikingNetwork(nn.Module):
     def rate_coded(self) -> SpikingNetwork:
         """A copy without weighted spikes: synchronous, 2^T - 1 steps instead of T, with the same answers up to rounding."""
         other = copy.deepcopy(self)
-        if not other.weighted:
-            return other
         for neuron in other.neurons().values():
             neuron.weighted = False
-        other.set_steps(levels_of(self.steps))
+        if self.weighted:
+            other.set_steps(self.resolution)
         return other
 
     def as_signed(self) -> SpikingNetwork:

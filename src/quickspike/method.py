@@ -123,7 +123,7 @@ class Method(abc.ABC):
     @property
     def resolution(self) -> int:
         """Levels above 0 that T steps tell apart: what ceilings and thresholds are fitted for."""
-        return levels_of(self.steps) if self.weighted else self.steps
+        return levels_of(self.steps, self.weighted)
 
     def source(self, model: nn.Module) -> nn.Module:
         """The network that is traced: `model` itself, or `model` behind something that the method needs in front of it."""

@@ -260,9 +260,9 @@ class _Weighted(torch.autograd.Function):
         )
 
 
-def levels_of(steps: int) -> int:
-    """Levels above 0 that weighted spikes tell apart in so many steps."""
-    return int(2**steps - 1)
+def levels_of(steps: int, weighted: bool = True) -> int:
+    """Levels above 0 that spikes tell apart in so many steps."""
+    return int(2**steps - 1) if weighted else steps
 
 
 def _digits(current: Tensor, v: Tensor, theta: Tensor, rule: _Rule) -> Iterator[tuple[float, Tensor]]:
@@ -554,7 +554,7 @@ class Neuron(Timed):
     @property
     def resolution(self) -> int:
         """Levels above 0 that T steps tell apart."""
-        return levels_of(self.steps) if self.weighted else self.steps
+        return levels_of(self.steps, self.weighted)
 
     @property
     def first_run(self) -> tuple[str, int] | None:
