@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import quickspike as qs
 from quickspike.anatomy import anatomy_of
 from quickspike.api import finish, fit, tune
+from quickspike.choosing import Auto
 from quickspike.data import DataSet, ImageStream
 from quickspike.energy import energy_of
 from quickspike.engines import accelerate
@@ -366,6 +367,12 @@ def test_auto_takes_weighted_spikes_where_they_are_allowed(digits_source: nn.Mod
     snn = qs.convert(digits_source, digits_calibration[:60], "auto", steps=2, weighted=True)
     assert snn.weighted
     assert any("weighted" in attempt["what"] for attempt in snn.provenance["chosen"]["attempts"])
+
+
+def test_auto_refuses_too_many_steps_before_it_tries_anything() -> None:
+    with pytest.raises(OptionError, match=f"auto: weighted spikes have at most {MOST_WEIGHTED} steps"):
+        Auto(steps=MOST_WEIGHTED + 1, weighted=True)
+    assert Auto(steps=MOST_WEIGHTED + 1, signed=True).steps == MOST_WEIGHTED + 1
 
 
 # What has no place for them

@@ -31,7 +31,7 @@ from quickspike.errors import DataError, OptionError
 from quickspike.evaluation import evaluate, make_fabric
 from quickspike.graph import Traced
 from quickspike.method import Method, create
-from quickspike.neuron import MAX_STEPS
+from quickspike.neuron import MAX_STEPS, MOST_WEIGHTED
 from quickspike.options import option, validate
 from quickspike.piecewise import PIECES
 from quickspike.refinement import refinements_of
@@ -68,6 +68,9 @@ class Auto:
 
     def __post_init__(self) -> None:
         validate(self)
+        if self.weighted and self.steps > MOST_WEIGHTED:
+            # Before anything is tried, not when their turn comes.
+            raise OptionError(f"{self.name}: weighted spikes have at most {MOST_WEIGHTED} steps, got steps={self.steps}")
 
 
 @dataclass(frozen=True)
