@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import quickspike as qs
 from quickspike import kernels
+from quickspike.methods.qcfs import Support, quantise
 from quickspike.neuron import Neuron, NeuronParameters, Surrogate, SurrogateShape, _Rule, _Scan
 
 SURROGATES: dict[str, Surrogate] = {
@@ -270,3 +272,76 @@ def test_whole_numbers_that_end_on_a_multiple_of_the_threshold_are_counted_as_st
             counts.append(neuron(current))
     assert torch.equal(counts[0], counts[1])
     assert int(counts[0].max()) == steps
+
+
+def staircases(z: Tensor, ceiling: Tensor, levels: int, support: Support, shift: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(levels times ceiling, gradient of z, gradient of the ceiling) as `qcfs.quantise` gives them."""
+    z, ceiling = z.clone(memory_format=torch.preserve_format).requires_grad_(True), ceiling.clone().requires_grad_(True)
+    out = quantise(z, ceiling, levels, support, shift)
+    # Positive, so that sums do not cancel and the last digits count; whole eighths, which no type rounds.
+    towards = (torch.randint(4, 12, out.shape, generator=torch.Generator().manual_seed(3)) / 8).to(out.dtype)
+    return out.detach(), *torch.autograd.grad(out, (z, ceiling), towards)
+
+
+def staircase_case(shape: tuple[int, ...], per_channel: bool, channels_last: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(inputs below, on, between and above the levels and the ends of all supports, ceilings)."""
+    currents, (_, ceiling, _, _) = case(shape, 1, per_channel)
+    z = currents.to(dtype)
+    return (z.contiguous(memory_format=torch.channels_last) if channels_last else z), ceiling
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("support", ["inside", "clamp_after", "paper"])
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize(("shape", "channels_last"), LAYOUTS, ids=str)
+def test_the_compiled_staircase_is_the_reference(
+    shape: tuple[int, ...],
+    channels_last: bool,
+    per_channel: bool,
+    support: Support,
+    dtype: torch.dtype,
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    z, ceiling = staircase_case(shape, per_channel, channels_last, dtype)
+    for levels, shift in ((1, 0.5), (3, 0.5), (4, 0.0)):
+        assert kernels.staircase_applies(z, ceiling)
+        out, to_z, to_ceiling = staircases(z, ceiling, levels, support, shift)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "staircase_applies", lambda *_: False)
+            wanted = staircases(z, ceiling, levels, support, shift)
+            # The type of z rounds the reference's terms, if it is bfloat16; ends of supports are rounded to it as well, so that
+            # only where none of them is rounded does single precision tell the sum.
+            exact = staircases(z.float(), ceiling, levels, support, shift) if levels != 3 else wanted
+        assert torch.equal(out, wanted[0])
+        assert torch.equal(to_z, wanted[1])
+        assert out.stride() == to_z.stride() == z.stride()
+        if levels != 3 or dtype == torch.float32:
+            torch.testing.assert_close(to_ceiling, exact[2], rtol=2e-6, atol=1e-4)
+
+
+def test_the_staircase_of_nan_is_nan_and_its_gradient_is_not_lost() -> None:
+    z = torch.tensor([[math.nan, 0.5, 2.0]]).expand(40, 3).contiguous()
+    out, to_z, to_ceiling = staircases(z, torch.ones(3), 2, "inside", 0.5)
+    assert bool(out[:, 0].isnan().all())
+    assert out[0, 1:].tolist() == [0.5, 1.0]
+    assert bool((to_z[:, 1] > 0).all())
+    assert bool((to_z[:, 2] == 0).all())
+    assert bool(to_ceiling[0].isnan())
+    assert bool(to_ceiling[1:].isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("z", "ceiling"),
+    [
+        (torch.zeros(2, 3, dtype=torch.float64), torch.ones((), dtype=torch.float64)),
+        (torch.zeros(2, 3), torch.ones((), dtype=torch.float64)),
+        (torch.zeros(2, 3, 4), torch.ones(4)),
+        (torch.zeros(2, 3, 4).transpose(0, 2), torch.ones(())),
+        (torch.zeros(0, 3), torch.ones(3)),
+        (torch.zeros(2, 3, device="meta"), torch.ones((), device="meta")),
+    ],
+    ids=["double", "double ceiling", "along the last axis", "gaps in memory", "empty", "another device"],
+)
+def test_other_staircases_are_left_to_the_reference(z: Tensor, ceiling: Tensor) -> None:
+    assert not kernels.staircase_applies(z, ceiling)

@@ -1,4 +1,4 @@
-"""The scan over time as compiled loops: every current is read once, potentials stay in registers.
+"""The scan over time, and the staircase of training, as compiled loops: every current is read once, potentials stay in registers.
 
 `loops.py` has them for the CPU (numba), `triton_loops.py` for GPUs; here they are called. They give the spikes of
 `neuron.integrate`'s reference bit for bit. They take float32 and bfloat16 currents and the piecewise linear surrogates;
@@ -59,11 +59,13 @@ def _on_gpu(x: Tensor) -> bool:
 
 def applies(current: Tensor, parameters: Sequence[Tensor], steps: int, shape: str) -> bool:
     """True if the compiled loops can take this: float32 or bfloat16, parameters single or per channel."""
-    if shape not in SHAPES:
-        return False
+    return shape in SHAPES and steps <= MOST_STEPS and _takes(current, parameters)
+
+
+def _takes(current: Tensor, parameters: Sequence[Tensor]) -> bool:
     if current.device.type not in ("cpu", "cuda") or current.dtype not in (torch.float32, torch.bfloat16):
         return False
-    if steps > MOST_STEPS or not current.numel():
+    if not current.numel():
         return False
     channels = current.shape[1] if current.ndim > 1 else 0
     for parameter in parameters:
@@ -367,6 +369,63 @@ def fired(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Te
     if torch.compiler.is_compiling():
         return cast(Tensor, fire_operator(current, v, theta, leak, amplitude, dtype, *_plain(rule)))
     return fire(current, v, theta, leak, amplitude, rule, dtype)
+
+
+def staircase_applies(z: Tensor, ceiling: Tensor) -> bool:
+    """True if `staircase` and its gradients can take this: on the CPU, as for `applies`."""
+    return not torch.compiler.is_compiling() and z.device.type == "cpu" and _takes(z, (ceiling,))
+
+
+def staircase(z: Tensor, ceiling: Tensor, levels: int, shift: float) -> Tensor:
+    """Ceiling * clip(floor(z levels/ceiling + shift), 0, levels)/levels, like `z`."""
+    inner, channels = _inner(z), ceiling.numel()
+    length = _loops().block_length(channels, inner)
+    out = torch.empty_like(z)
+    _share_out(
+        _loops().staircase,
+        _groups(z.numel(), length),
+        _bits(z, 1),
+        _bits(out, 1),
+        _flat(levels / ceiling),
+        _flat(ceiling),
+        channels,
+        inner,
+        length,
+        np.float32(shift),
+        np.float32(levels),
+        z.dtype == torch.bfloat16,
+    )
+    return out
+
+
+def staircase_gradients(
+    gradient: Tensor, z: Tensor, ceiling: Tensor, levels: int, shift: float, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients to `z`, which pass where low <= z <= high, and to the ceiling, which takes the floor as the identity there."""
+    inner, channels = _inner(z), ceiling.numel()
+    length = _loops().block_length(channels, inner)
+    groups = _groups(z.numel(), length)
+    dz = torch.empty_like(z)
+    sums = np.zeros((groups, 1, channels), np.float32)
+    _share_out(
+        _loops().staircase_backward,
+        groups,
+        _bits(z, 1),
+        _bits(_like(gradient.to(z.dtype), z), 1),
+        _bits(dz, 1),
+        _flat(levels / ceiling),
+        _flat(ceiling),
+        _flat(low),
+        _flat(high),
+        sums,
+        inner,
+        length,
+        np.float32(shift),
+        np.float32(levels),
+        z.dtype == torch.bfloat16,
+    )
+    to_ceiling = torch.from_numpy(sums.sum((0, 1), dtype=np.float64).astype(np.float32))
+    return dz, to_ceiling.reshape(ceiling.shape)
 
 
 # The same as an operator that torch.compile and torch.export see through. Called directly it costs some 50 microseconds

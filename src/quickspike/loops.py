@@ -421,3 +421,67 @@ def backward(
             for i in range(size):
                 to_begin[i] += dv[i]
         add_all(to_theta, to_leak, to_height, to_begin, tiled_at, length, inner, sums[group])
+
+
+@_inline
+def climb(value, per_level, shift, levels, size, level):
+    """Level = clip(floor(value per_level + shift), 0, levels)/levels; NaN stays NaN."""
+    for i in range(size):
+        step = np.floor(value[i] * per_level[i] + shift)
+        step = np.float32(0.0) if step < np.float32(0.0) else step
+        level[i] = (levels if step > levels else step) / levels
+
+
+@_compile
+def staircase(first, last, z, out, per_level, ceiling, channels, inner, length, shift, levels, half):
+    """Fill groups `first` to `last` of `out` with the levels of `z`, times the ceiling."""
+    number = out.shape[1]
+    bits, out_bits = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32)
+    value, level = bits.view(np.float32), out_bits.view(np.float32)
+    pl, ce = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    tiled = -1
+    for start in range(first * GROUP * length, min(last * GROUP * length, number), length):
+        size = min(length, number - start)
+        phase = phase_of(start, inner, channels)
+        if phase != tiled:
+            tile(per_level, start, length, inner, pl)
+            tile(ceiling, start, length, inner, ce)
+            tiled = phase
+        load(z, 0, start, size, bits, half)
+        climb(value, pl, shift, levels, size, level)
+        for i in range(size):
+            level[i] = level[i] * ce[i]
+        store(level, out_bits, 0, start, size, half, out)
+
+
+@_compile
+def staircase_backward(first, last, z, g, dz, per_level, ceiling, low, high, sums, inner, length, shift, levels, half):
+    """Fill groups `first` to `last` of `dz` and of `sums` `[groups, 1, K]`: gradients to z, which pass in [low, high], and to the ceiling."""
+    number, channels = g.shape[1], sums.shape[2]
+    bits, g_bits, out_bits = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32)
+    value, gradient, passed = bits.view(np.float32), g_bits.view(np.float32), out_bits.view(np.float32)
+    pl, ce, lo, hi = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    level, inside, to_ceiling = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.zeros(BLOCK, np.float32)
+    for group in range(first, last):
+        tiled, tiled_at = -1, 0
+        for start in range(group * GROUP * length, min((group + 1) * GROUP * length, number), length):
+            size = min(length, number - start)
+            phase = phase_of(start, inner, channels)
+            if phase != tiled:
+                if tiled >= 0:
+                    add_up(to_ceiling, tiled_at, length, inner, sums[group, 0])
+                tile_all(per_level, ceiling, low, high, start, length, inner, pl, ce, lo, hi)
+                tiled, tiled_at = phase, start
+            load(z, 0, start, size, bits, half)
+            load(g, 0, start, size, g_bits, half)
+            climb(value, pl, shift, levels, size, level)
+            for i in range(size):
+                inside[i] = np.float32(1.0) if (value[i] >= lo[i]) & (value[i] <= hi[i]) else np.float32(0.0)
+            for i in range(size):
+                level[i] = level[i] - inside[i] * (value[i] / ce[i])
+            for i in range(size):
+                to_ceiling[i] += level[i] * gradient[i]
+            for i in range(size):
+                passed[i] = inside[i] * gradient[i]
+            store(passed, out_bits, 0, start, size, half, dz)
+        add_up(to_ceiling, tiled_at, length, inner, sums[group, 0])

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from quickspike import kernels
 from quickspike.activations import Granularity, LearnedCeiling, ceiling_at, mark
 from quickspike.ceilings import learn_ceilings
 from quickspike.data import ImageStream
@@ -97,11 +98,17 @@ class _Quantise(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, mu: Tensor, levels: int, support: Support, shift: float) -> Tensor:
         ctx.save_for_backward(z, mu)
         ctx.levels, ctx.support, ctx.shift = levels, support, shift
+        if kernels.staircase_applies(z, mu):
+            return kernels.staircase(z, mu, levels, shift)
         return _level(z, mu, levels, shift).mul_(mu).to(z)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         z, mu = ctx.saved_tensors
+        if kernels.staircase_applies(z, mu):
+            bounds = _bounds(z, mu, ctx.levels, ctx.support)
+            to_z, to_mu = kernels.staircase_gradients(gradients[0], z, mu, ctx.levels, ctx.shift, *bounds)
+            return to_z, to_mu if ctx.needs_input_grad[1] else None, None, None, None
         inside = _inside(z, mu, ctx.levels, ctx.support)
         to_mu = None
         if ctx.needs_input_grad[1]:
@@ -124,6 +131,26 @@ def _inside(z: Tensor, mu: Tensor, levels: int, support: Support) -> Tensor:
     if support == "clamp_after":
         return mark(torch.ge, z, -half.to(z)).mul_(mark(torch.lt, z, (mu + half).to(z)))
     return mark(torch.gt, z, -half.to(z)).mul_(mark(torch.lt, z, (mu - half).to(z)))
+
+
+def _bounds(z: Tensor, mu: Tensor, levels: int, support: Support) -> tuple[Tensor, Tensor]:
+    """Least and largest z that `_inside` is 1 for, in single precision; like it, bounds are rounded to the type of z first."""
+
+    def rounded(bound: Tensor) -> Tensor:
+        return bound.to(z.dtype).float()
+
+    half = mu / (2 * levels)
+    if support == "inside":
+        return torch.zeros_like(mu), rounded(mu)
+    least = rounded(-half)
+    if support == "clamp_after":
+        return least, _below(rounded(mu + half))
+    return -_below(-least), _below(rounded(mu - half))
+
+
+def _below(x: Tensor) -> Tensor:
+    """The next number below."""
+    return torch.nextafter(x, torch.full_like(x, -torch.inf))
 
 
 def quantise(z: Tensor, mu: Tensor, levels: int, support: Support = "inside", shift: float = 0.5) -> Tensor:
