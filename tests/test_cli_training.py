@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -256,10 +257,12 @@ def test_tune_with_a_teacher(run: Any, network: Path, model: Path, few: str, tmp
     weights = []
     for name, seed in (("one", 1), ("other", 2)):
         ended_well(run("train", f"{model}:net", "--data", few, *QUICK, "--epochs", 0, "--seed", seed, "--out", tmp_path / name))
-        taught = ("--distill", 1, "--teacher", f"{model}:net", "--teacher-weights", tmp_path / name / "weights.safetensors")
-        ended_well(run("tune", network, *quick, *taught, "--out", tmp_path / f"tuned by {name}"))
-        weights.append(qs.load(tmp_path / f"tuned by {name}" / "network.safetensors").state_dict())
-    assert any(not torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+        for share in ("--distill", "--distill-features"):
+            taught = (share, 1, "--teacher", f"{model}:net", "--teacher-weights", tmp_path / name / "weights.safetensors")
+            ended_well(run("tune", network, *quick, *taught, "--out", tmp_path / f"tuned by {name}, {share}"))
+            weights.append(qs.load(tmp_path / f"tuned by {name}, {share}" / "network.safetensors").state_dict())
+    for one, other in itertools.combinations(weights, 2):
+        assert any(not torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_distillation_from_nothing_is_refused(run: Any, network: Path, model: Path, few: str, tmp_path: Path) -> None:
@@ -269,6 +272,8 @@ def test_distillation_from_nothing_is_refused(run: Any, network: Path, model: Pa
         (("train", "digits_cnn,width=2", "--method", "qcfs", "--distill", 0.5), "--distill needs a trained network"),
         (("tune", network, "--distill", 0.5), "distill=0.5 needs a teacher"),
         (("tune", network, "--teacher", f"{model}:net"), "--teacher does nothing without --distill"),
+        (("train", f"{model}:net", "--distill-features", 0.5), "--distill-features needs a trained network"),
+        (("tune", network, "--distill-features", 0.5), "distill_features=0.5 needs a teacher"),
     ):
         result = run(*command, *data)
         assert result.code == 2

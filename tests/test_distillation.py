@@ -14,12 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import quickspike as qs
-from quickspike.api import fit, train, tune
+from quickspike.api import finish, fit, train, tune
+from quickspike.conversion import prepare
 from quickspike.data import DataSet, ImageStream
 from quickspike.errors import CheckpointError, DataError, OptionError
 from quickspike.evaluation import make_fabric
-from quickspike.method import create
+from quickspike.features import distance, watched
+from quickspike.graph import trace
+from quickspike.method import all_methods, create
 from quickspike.training import Trainer, Training, divergence
+from quickspike.tuning import Tuning
 
 PLAIN = {"epochs": 1, "batch_size": 100, "learning_rate": 0.05, "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
 
@@ -145,8 +149,10 @@ def test_tuning_brings_answers_closer_to_the_teachers(trainer: Callable[..., Tra
 
 
 def test_without_a_teacher_nothing_begins(trainer: Callable[..., Trainer], digits: DataSet, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"distill=0\.5 needs a teacher"):
+    with pytest.raises(OptionError, match=r"^distill=0\.5 needs a teacher"):
         train(net(0), trainer(distill=0.5, folder=tmp_path))
+    with pytest.raises(OptionError, match=r"^distill=0\.5 and distill_features=2 needs a teacher"):
+        train(net(0), trainer(distill=0.5, distill_features=2.0, folder=tmp_path))
     snn = qs.convert(net(0), digits.loader("train", limit=50), steps=2)
     with pytest.raises(OptionError, match=r"distill=0\.5 needs a teacher"):
         tune(snn, trainer(distill=0.5, folder=tmp_path))
@@ -197,3 +203,159 @@ def test_a_checkpoint_knows_its_teacher(trainer: Callable[..., Trainer], tmp_pat
     assert same(trained, again)
     with pytest.raises(CheckpointError, match="teacher="):
         train(net(0), dataclasses.replace(first, teacher=net(2), resume=True))
+
+
+# Features
+
+
+def test_the_distance_of_features_is_that_of_the_definition() -> None:
+    torch.manual_seed(0)
+    student = {"a": torch.randn(4, 3, 2, 2, dtype=torch.float64), "b": torch.randn(4, 5, dtype=torch.float64)}
+    teacher = {name: torch.randn_like(values) for name, values in student.items()}
+    shares = [((student[name] - teacher[name]) ** 2).sum() / (teacher[name] ** 2).sum() for name in "ab"]
+    torch.testing.assert_close(distance(student, teacher), (shares[0] + shares[1]) / 2)
+    # Layers count alike, however large their activations are.
+    torch.testing.assert_close(
+        distance(student | {"a": 100 * student["a"]}, teacher | {"a": 100 * teacher["a"]}), distance(student, teacher)
+    )
+    assert float(distance(teacher, teacher)) == 0
+
+
+def test_the_gradient_of_the_distance_of_features() -> None:
+    torch.manual_seed(0)
+    teacher = {"a": torch.randn(4, 3, dtype=torch.float64), "silent": torch.zeros(4, 2, dtype=torch.float64)}
+    student = {name: torch.randn_like(values).requires_grad_() for name, values in teacher.items()}
+    to_a, to_silent = torch.autograd.grad(distance(student, teacher), list(student.values()))
+    torch.testing.assert_close(to_a, (student["a"] - teacher["a"]).detach() / (teacher["a"] ** 2).sum())
+    assert bool((to_silent == 0).all())
+    same_values = {name: values.clone().requires_grad_() for name, values in teacher.items()}
+    for gradient in torch.autograd.grad(distance(same_values, teacher), list(same_values.values())):
+        assert bool((gradient == 0).all())
+
+
+def test_the_distance_of_features_in_half_precision_is_measured_in_single() -> None:
+    student = {"a": torch.full((1000, 1000), 1.5, dtype=torch.bfloat16)}
+    teacher = {"a": torch.ones(1000, 1000)}
+    assert float(distance(student, teacher)) == pytest.approx(0.25, rel=1e-5)
+
+
+def test_features_of_neurons_are_means_over_their_steps(digits_source: nn.Module, digits: DataSet) -> None:
+    snn = qs.convert(digits_source, digits.loader("train", limit=200), steps=3)
+    images = next(iter(digits.loader("test", limit=20)))[0]
+    sites = [site.name for site in snn.sites]
+    with torch.no_grad(), watched(snn.network, sites) as seen:
+        snn(images)
+    assert list(seen) == sites
+    rates = snn.run(images).rates
+    for name, values in seen.items():
+        neuron = snn.neuron(name)
+        share = (values / neuron.height(neuron.threshold).detach()).mean()
+        assert float(share) == pytest.approx(rates[name], rel=1e-4)
+    before = dict(seen)
+    snn(images[:3])
+    assert all(seen[name] is values for name, values in before.items())
+
+
+METHODS = sorted(all_methods())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_features_of_every_method_are_in_the_units_of_the_source(method: str, digits_source: nn.Module, digits: DataSet) -> None:
+    """A network that does almost as well as its source gives almost what its source gives, layer by layer."""
+    images = ImageStream(digits.loader("train", limit=300))
+    chosen = create(method, steps=64, **({"levels": 64} if method == "qcfs" else {}))
+    guide = trace(chosen.source(digits_source), images.example, pools_in_front=not chosen.pools_spikes)
+    ann = fit(digits_source, images, chosen)
+    snn = finish(ann, images, chosen)
+    sites = [site.name for site in guide.sites]
+    batch = images.example[:50]
+    with torch.no_grad():
+        seen = []
+        for network, call in ((guide.module, guide.module), (ann.module, ann.module), (snn.network, snn)):
+            with watched(network, sites) as given:
+                call(batch)
+            seen.append(given)
+    assert float(distance(seen[1], seen[0])) < 0.1
+    assert float(distance(seen[2], seen[0])) < 0.2
+    wrong = {name: values * 2 for name, values in seen[2].items()}
+    assert float(distance(wrong, seen[0])) > 0.5
+
+
+def test_one_step_with_features_is_the_one_of_the_loss_written_out(trainer: Callable[..., Trainer]) -> None:
+    source = net(0)
+    made = trainer(distill_features=2.0, batch_size=400)
+    images = ImageStream(made.data.loader("train"))
+    batch, labels = torch.cat([batch for batch, _ in made.data.loader("train")]), made.data.train.labels
+    method = create("qcfs", steps=2, levels=2)
+    ann = prepare(trace(source, images.example, trainable=True), method)
+    method.fit(ann, images)
+    student = copy.deepcopy(ann.module).train().requires_grad_(True)
+    history = dataclasses.replace(made, teacher=source, guide=trace(source, images.example))(ann.module, "ann")
+    (site,) = ann.sites
+    with watched(student, [site.name]) as given:
+        logits = student(batch)
+    wanted = source[:3](batch).detach()
+    loss = F.cross_entropy(logits, labels) + 2 * ((given[site.name] - wanted) ** 2).sum() / (wanted**2).sum()
+    loss.backward()
+    assert history.rows[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    weight = student.get_parameter("0.weight") if "0" in dict(student.named_modules()) else next(student.parameters())
+    (name,) = (name for name, parameter in student.named_parameters() if parameter is weight)
+    torch.testing.assert_close(ann.module.get_parameter(name), (weight - 0.05 * weight.grad).detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tuned", [False, True], ids=["fit", "tune"])
+def test_learning_features_brings_layers_closer_to_the_teachers(
+    tuned: bool, trainer: Callable[..., Trainer], digits_source: nn.Module, digits: DataSet
+) -> None:
+    images, before = ImageStream(digits.loader("train", limit=200)), copy.deepcopy(digits_source)
+    snn = qs.convert(digits_source, digits.loader("train", limit=200), "qcfs", steps=2)
+    guide = trace(digits_source, images.example)
+    batch, distances = images.example, []
+    for weight in (0.0, 20.0):
+        made = trainer(distill_features=weight, epochs=4, learning_rate=0.01, momentum=0.9)
+        student = tune(snn, made, teacher=digits_source) if tuned else fit(digits_source, images, create("qcfs", steps=2), made)
+        network = student.network if isinstance(student, qs.SpikingNetwork) else student.module
+        sites = [site.name for site in guide.sites]
+        with torch.no_grad(), watched(network, sites) as given, watched(guide.module, sites) as wanted:
+            guide.module(batch)
+            (student if isinstance(student, qs.SpikingNetwork) else network)(batch)
+        distances.append(float(distance(given, wanted)))
+    assert distances[1] < 0.95 * distances[0]
+    assert same(digits_source, before)
+
+
+@pytest.mark.parametrize(("method", "options"), [("ultra_low_latency", {}), ("qcfs", {"weighted": True}), ("rate_encoded", {})])
+def test_features_of_networks_with_max_pooling_and_shared_modules(
+    method: str, options: dict[str, Any], trainer: Callable[..., Trainer], digits: DataSet
+) -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2, self.relu = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()
+            self.linear = nn.Linear(16, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.max_pool2d(self.relu(self.conv1(x)), 2)
+            return self.linear(F.max_pool2d(F.relu(self.conv2(self.relu(self.conv2(x)))), 2).flatten(1))
+
+    images = ImageStream(digits.loader("train", limit=100))
+    chosen, made, source = create(method, steps=2, **options), trainer(distill_features=1.0), Pooled().eval()
+    snn = finish(fit(source, images, chosen, made), images, chosen)
+    assert tune(snn, made, teacher=source).method == snn.method
+
+
+def test_features_that_cannot_be_learned_are_refused(trainer: Callable[..., Trainer], digits: DataSet) -> None:
+    made = dataclasses.replace(trainer(distill_features=0.5), teacher=net(1))
+    with pytest.raises(OptionError, match="training with a method and for fine-tuning"):
+        train(net(0), made)
+    snn = qs.convert(net(0), digits.loader("train", limit=50), steps=4)
+    with pytest.raises(OptionError, match="leave chunk=2 out"):
+        tune(snn, made, Tuning(chunk=2), net(1))
+    # The answers alone can be learned by parts.
+    tune(snn, trainer(distill=0.5), Tuning(chunk=2), net(1))
+    deeper = nn.Sequential(*list(net(1)[:3]), nn.Conv2d(6, 6, 1), nn.Identity(), nn.ReLU(), nn.Flatten(), nn.Linear(54, 10)).eval()
+    with pytest.raises(OptionError, match=r"no layer '5' as the teacher has"):
+        tune(snn, made, teacher=deeper)
+    wider = nn.Sequential(nn.Conv2d(1, 7, 3, stride=2), nn.BatchNorm2d(7), nn.ReLU(), nn.Flatten(), nn.Linear(63, 10)).eval()
+    with pytest.raises(DataError, match=r"the teacher gives \[100, 7, 3, 3\], the network \[100, 6, 3, 3\]"):
+        tune(snn, made, teacher=wider)

@@ -248,6 +248,11 @@ MISTAKES: dict[str, tuple[str, str, list[str]]] = {
     ),
     "whitening of a trained network": ("learning_rate = 0.001", "learning_rate = 0.001\nwhiten = true", ["whiten", "[source]"]),
     "a source with a teacher": ("learning_rate = 0.05", "learning_rate = 0.05\ndistill = 0.5", ["distill", "[source]"]),
+    "a source with a teacher's layers": (
+        "learning_rate = 0.05",
+        "learning_rate = 0.05\ndistill_features = 0.5",
+        ["distill_features", "[source]"],
+    ),
     "name of data is a number": ('name = "digits"', "name = 4", ["name", "4"]),
     "name of method is a list": ('name = "qcfs"', 'name = ["qcfs"]', ["name", "'qcfs'"]),
     "a number that is none in floating point": ("learning_rate = 0.05", f"learning_rate = 1{'0' * 400}", ["learning_rate"]),
@@ -265,9 +270,10 @@ MISTAKES: dict[str, tuple[str, str, list[str]]] = {
 }
 
 
-def test_distillation_without_a_source_is_refused(write: Callable[[str], Path]) -> None:
-    text = without("source").replace("learning_rate = 0.001", "learning_rate = 0.001\ndistill = 0.5")
-    with pytest.raises(RecipeError, match=r"distill in \[train\] needs a \[source\]"):
+@pytest.mark.parametrize("option", ["distill", "distill_features"])
+def test_distillation_without_a_source_is_refused(option: str, write: Callable[[str], Path]) -> None:
+    text = without("source").replace("learning_rate = 0.001", f"learning_rate = 0.001\n{option} = 0.5")
+    with pytest.raises(RecipeError, match=rf"{option} in \[train\] needs a \[source\]"):
         read_recipe(write(text))
 
 
@@ -619,14 +625,14 @@ def test_recipes_with_the_same_source_share_it(fabric: Any, tmp_path: Path) -> N
 
 def test_both_stages_learn_from_the_trained_source(fabric: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teachers = []
-    answers_of = quickspike.training._answers_of
+    teacher_of = quickspike.training._teacher_of
 
-    def watched(trainer: Any, settings: Training) -> Any:
+    def watched(trainer: Any, settings: Training, *others: Any) -> Any:
         teachers.append((settings.distill, trainer.teacher))
-        return answers_of(trainer, settings)
+        return teacher_of(trainer, settings, *others)
 
-    monkeypatch.setattr("quickspike.training._answers_of", watched)
-    taught = Training(epochs=1, batch_size=512, learning_rate=0.001, distill=0.7)
+    monkeypatch.setattr("quickspike.training._teacher_of", watched)
+    taught = Training(epochs=1, batch_size=512, learning_rate=0.001, distill=0.7, distill_features=0.1)
     run_recipe(small(train=taught, tune=taught), Place(out=tmp_path / "out", fabric=fabric))
     (weights,) = tmp_path.glob("sources/*/seed0/weights.safetensors")
     source = load_model("digits_cnn,width=4", weights)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quickspike.conversion import SpikingNetwork, prepare, to_spiking
 from quickspike.data import Batches, ImageStream
@@ -139,7 +139,7 @@ def fit(
     """
     _not_whitened(trainer)
     if trainer is not None:
-        trainer = _taught(trainer, model)
+        trainer = _taught(trainer, model, method, images.example, analog, pieces)
     warn_of_statistics(model, images.first)
     traced = trace(
         method.source(model),
@@ -181,28 +181,40 @@ def tune(snn: SpikingNetwork, trainer: Trainer, tuning: Tuning | None = None, te
 
     Raises:
         ConversionError: the network was accelerated, which leaves it nothing to learn with.
-        OptionError: the settings distill, and there is no teacher.
+        OptionError: the settings distill, and there is no teacher, or none with these layers.
     """
     if "engine" in snn.provenance:
         raise ConversionError(
             f"a network made for the {snn.provenance['engine']['name']} engine cannot learn; tune the one it was made from"
         )
     _not_whitened(trainer)
+    method = Method.from_json(snn.method)
     if teacher is not None:
         trainer = dataclasses.replace(trainer, teacher=teacher)
+    if trainer.settings.distill_features and trainer.teacher is not None:
+        example, _ = next(iter(trainer.data.loader("train", limit=1)))
+        analog, pieces = snn.provenance.get("analog", ()), snn.provenance.get("pieces", PIECES)
+        trainer = _guided(trainer, trainer.teacher, method, example, analog, pieces)
     tuned = copy.deepcopy(snn)
     trainer.fabric.to_device(tuned)
-    method = Method.from_json(snn.method)
     method.tune(tuned, _about(trainer, method, tuning or Tuning()), tuning or Tuning())
     return tuned.eval()
 
 
-def _taught(trainer: Trainer, teacher: nn.Module) -> Trainer:
-    """The same trainer, with this teacher unless it has one."""
+def _taught(trainer: Trainer, model: nn.Module, method: Method, example: Tensor, analog: Sequence[str], pieces: int) -> Trainer:
+    """The same trainer, with the source network as the teacher unless it has one."""
     # Whoever trains by other means than ours has a teacher of his own, or none.
-    if not isinstance(trainer, Trainer) or trainer.teacher is not None:
+    if not isinstance(trainer, Trainer) or (trainer.teacher is not None and not trainer.settings.distill_features):
         return trainer
-    return dataclasses.replace(trainer, teacher=teacher)
+    teacher = model if trainer.teacher is None else trainer.teacher
+    trainer = dataclasses.replace(trainer, teacher=teacher)
+    return _guided(trainer, teacher, method, example, analog, pieces) if trainer.settings.distill_features else trainer
+
+
+def _guided(trainer: Trainer, teacher: nn.Module, method: Method, example: Tensor, analog: Sequence[str], pieces: int) -> Trainer:
+    """The same trainer, with the teacher as a graph that has the sites of a network which this method converts."""
+    guide = trace(method.source(teacher), example, pools_in_front=not method.pools_spikes, analog=analog, pieces=pieces)
+    return dataclasses.replace(trainer, guide=guide)
 
 
 def _about(train: Train, *settings: Method | Tuning) -> Train:

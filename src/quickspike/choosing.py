@@ -254,7 +254,7 @@ class _Rounds:
         if not epochs:
             return []
         started = time.perf_counter()
-        teacher = self.model if trainer.settings.distill and trainer.teacher is None else trainer.teacher
+        teacher = self.model if trainer.settings.taught and trainer.teacher is None else trainer.teacher
         snn = tune(best.network, _stage(trainer, "tune", epochs=epochs, **TUNING), teacher=teacher)
         return [self._seen(f"{best.attempt.what} fine-tuned for {_count(epochs)}", snn, best.method, started, trained=True)]
 

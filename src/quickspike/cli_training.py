@@ -70,21 +70,26 @@ class TrainingFiles:
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """Whose answers the network learns, with --distill."""
+    """Whom the network learns from, with --distill (answers) or --distill-features (layers)."""
 
     teacher: Annotated[
         str | None,
-        Help(metavar="MODEL", help="network whose answers are learned (--distill), named like MODEL [default: train: the source network]"),
+        Help(
+            metavar="MODEL",
+            help="network that is learned from (--distill, --distill-features), named like MODEL [default: train: the source network]",
+        ),
     ] = None
     teacher_weights: Annotated[Path | None, Help(metavar="FILE", help="its weights, as for --weights")] = None
 
-    def load(self, distill: float) -> nn.Module | None:
+    def load(self, taught: str) -> nn.Module | None:
         """The network; None if none is named."""
         from quickspike.errors import OptionError
         from quickspike.models import load_model
 
-        if self.teacher is not None and not distill:
-            raise OptionError("--teacher does nothing without --distill, the share of the loss that its answers have")
+        if self.teacher is not None and not taught:
+            raise OptionError(
+                "--teacher does nothing without --distill, the share of the loss that its answers have, or --distill-features"
+            )
         return None if self.teacher is None else load_model(self.teacher, self.teacher_weights)
 
 
@@ -106,7 +111,7 @@ def _trainer(
         resume=files.resume,
         watcher=TrainingWatcher(quiet=not fabric.is_global_zero),
         tensorboard=files.tensorboard,
-        teacher=teacher.load(settings.distill),
+        teacher=teacher.load(settings.taught),
     )
 
 
@@ -195,8 +200,9 @@ def _train(
     auto = auto_of(source.method, options, source.refine)
     chosen = None if source.method is None or auto else create(source.method, **options, refinements=refinements_of(source.refine))
     # What a registered network holds without weights is random: no answers to learn.
-    if settings.distill and teacher.teacher is None and (source.method is None or (source.weights is None and ".py:" not in model)):
-        raise OptionError("--distill needs a trained network to learn from: with --method the --weights of MODEL, or else --teacher")
+    if settings.taught and teacher.teacher is None and (source.method is None or (source.weights is None and ".py:" not in model)):
+        needing = "--distill" if settings.distill else "--distill-features"
+        raise OptionError(f"{needing} needs a trained network to learn from: with --method the --weights of MODEL, or else --teacher")
     out = files.out / ("weights.safetensors" if source.method is None else "network.safetensors")
     check_writable(out)
     data_set = data.load(model=model, weights=source.weights)

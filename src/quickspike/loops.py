@@ -456,7 +456,7 @@ def staircase(first, last, z, out, per_level, ceiling, channels, inner, length, 
 
 @_compile
 def staircase_backward(first, last, z, g, dz, per_level, ceiling, low, high, sums, inner, length, shift, levels, half):
-    """Fill groups `first` to `last` of `dz` and of `sums` `[groups, 1, K]`: gradients to z, which pass in [low, high], and to the ceiling."""
+    """Fill groups `first` to `last` of `dz` and of `sums` `[groups, 1, K]`: gradients to z, which pass in [low, high], and to ceilings."""
     number, channels = g.shape[1], sums.shape[2]
     bits, g_bits, out_bits = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32)
     value, gradient, passed = bits.view(np.float32), g_bits.view(np.float32), out_bits.view(np.float32)

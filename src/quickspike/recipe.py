@@ -119,13 +119,17 @@ class Recipe:
         for name, settings in (("train", self.train), ("tune", self.tune)):
             if settings is not None and settings.whiten:
                 raise OptionError(f"recipe: whiten belongs to [source], not to [{name}]: it would undo the first convolution")
-            if settings is not None and settings.distill and self.source is None and self.weights is None:
-                raise OptionError(f"recipe: distill in [{name}] needs a [source] or weights whose answers are learned")
+            if settings is not None and settings.taught and self.source is None and self.weights is None:
+                raise OptionError(
+                    f"recipe: {settings.taught.split('=')[0]} in [{name}] needs a [source] or weights whose answers are learned"
+                )
         for name, settings in (("source", self.source), ("train", self.train)):
             if settings is not None and settings.every_step:
                 raise OptionError(f"recipe: every_step belongs to [tune], not to [{name}]: a source network knows no steps")
-        if self.source is not None and self.source.distill:
-            raise OptionError("recipe: [source] is trained first and has no teacher; distill belongs to [train] or [tune]")
+        if self.source is not None and self.source.taught:
+            raise OptionError(
+                "recipe: [source] is trained first and has no teacher; distill and distill_features belong to [train] or [tune]"
+            )
         for name in ("title", "data", "model", "precision", *(() if self.weights is None else ("weights",))):
             if not isinstance(getattr(self, name), str):
                 raise OptionError(f"recipe: {name} must be a text, got {getattr(self, name)!r}")

@@ -301,7 +301,7 @@ class _Trials:
         if not candidate.epochs or self.trainer is None:
             return convert(self.model, self.calibration, candidate.method, steps=steps, **candidate.options)
         settings = dataclasses.replace(self.trainer.settings, epochs=candidate.epochs)
-        teacher = (self.trainer.teacher or self.model) if settings.distill else None
+        teacher = (self.trainer.teacher or self.model) if settings.taught else None
         folder = None if self.trainer.folder is None else self.trainer.folder / self._name(candidate, steps)
         whole = None if folder is None else folder / "network.safetensors"
         if whole is not None and whole.exists():

@@ -28,6 +28,7 @@ from quickspike.capture import copy_of
 from quickspike.conversion import SpikingNetwork, readout
 from quickspike.data import BATCH, DataSet, Images, only_class
 from quickspike.errors import CheckpointError, DataError, OptionError, QuickspikeError
+from quickspike.features import distance, watched
 from quickspike.files import write_bytes
 from quickspike.memory import keep_freed_memory, out_of_memory
 from quickspike.metrics import Metrics
@@ -38,6 +39,8 @@ from quickspike.structure import Outputs, each, first, tensors
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+    from quickspike.graph import Traced
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """(network, images `[B, ...]`, targets `[B]` or `[B, K]`) to a scalar."""
@@ -62,7 +65,7 @@ class Training:
     """How a network is trained: optimiser, schedule, regularisation, choice of the final weights."""
 
     name: ClassVar[str] = "training"
-    later: ClassVar[tuple[str, ...]] = ("every_step",)
+    later: ClassVar[tuple[str, ...]] = ("every_step", "distill_features")
     """Options that came after results were made without them: where they are off, nothing tells of them."""
 
     epochs: int = option(24, "passes over the training images", unit="epochs", low=0, high=1_000_000)
@@ -91,6 +94,13 @@ class Training:
     )
     temperature: float = option(
         2.0, "what logits are divided by before they are held against the teacher's", low=0, high=100, low_open=True
+    )
+    distill_features: float = option(
+        0.0,
+        "weight of the distance between what the layers give and what those of a teacher of the same architecture give, added to the loss "
+        "(with a method, or in fine-tuning)",
+        low=0,
+        high=1000,
     )
     every_step: bool = option(
         False,
@@ -121,6 +131,12 @@ class Training:
         shares(self.milestones)
         if (self.patience or self.keep == "best") and not self.validation:
             raise OptionError("training: patience and keep=best need validation images, got validation=0")
+
+    @property
+    def taught(self) -> str:
+        """The options that need a teacher; empty if none does."""
+        needing = {"distill": self.distill, "distill_features": self.distill_features}
+        return " and ".join(f"{name}={value:g}" for name, value in needing.items() if value)
 
 
 def start_anew(folder: Path) -> None:
@@ -249,6 +265,8 @@ class Trainer:
     tensorboard: bool = False
     teacher: nn.Module | None = None
     """Whose answers the network learns (`Training.distill`); not modified."""
+    guide: Traced | None = None
+    """The teacher as a graph with the student's sites (`Training.distill_features`); `fit` and `tune` make it."""
     resumed: list[float] = field(default_factory=list)
     """Gets the seconds of the epochs that a checkpoint holds, an entry for each stage that went on from one."""
     about: Mapping[str, Any] = field(default_factory=dict)
@@ -286,7 +304,7 @@ class Trainer:
         Raises (when it is called):
             DataError: the network cannot take the images, or answers with something else than finite logits.
         """
-        return _answers(self.fabric, module, "the reference")
+        return _Asked(self.fabric, module, "the reference")
 
     def calibration(self, images: int) -> DataLoader[Any]:
         """The first training images that are not held out, as many as there are up to `images`, not augmented.
@@ -351,8 +369,8 @@ def _every_step_of(module: nn.Module, stage: str) -> _EveryStep:
     return _EveryStep(module)
 
 
-def _loss_of(settings: Training, classes: int, answers: Answers | None) -> Loss:
-    """The loss of the settings.
+def _loss_of(settings: Training, classes: int, teacher: _Asked | None, student: nn.Module) -> Loss:
+    """The loss of the settings, for `student` on its own or within the network that the loss is called with.
 
     With `every_step` that of every answer after t steps counts alike (S. Deng et al., Temporal Efficient Training, ICLR
     2022, arXiv 2202.11946). Differs from the paper: there the output of each step alone is held against the label, here
@@ -366,7 +384,8 @@ def _loss_of(settings: Training, classes: int, answers: Answers | None) -> Loss:
         return F.mse_loss(logits, wanted.float())
 
     def loss(network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        logits = first(network(images)).float()
+        with watched(student, () if teacher is None else teacher.sites) as given:
+            logits = first(network(images)).float()
         steps = len(logits) if settings.every_step else 1
         if settings.every_step:
             logits = logits.flatten(0, 1)
@@ -375,9 +394,13 @@ def _loss_of(settings: Training, classes: int, answers: Answers | None) -> Loss:
             return wanted.repeat(steps, *(1,) * (wanted.ndim - 1)) if steps > 1 else wanted
 
         to_targets = to_labels(logits, again(targets))
-        if answers is None:
+        if teacher is None:
             return to_targets
-        return (1 - settings.distill) * to_targets + settings.distill * divergence(logits, again(answers(images)), settings.temperature)
+        wanted = teacher(images)
+        mixed = to_targets
+        if settings.distill:
+            mixed = (1 - settings.distill) * to_targets + settings.distill * divergence(logits, again(wanted), settings.temperature)
+        return mixed + settings.distill_features * distance(given, teacher.features) if teacher.sites else mixed
 
     return loss
 
@@ -401,41 +424,57 @@ def divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
     return F.kl_div(softened, answers, log_target=True, reduction="batchmean") * temperature**2
 
 
-def _answers_of(trainer: Trainer, settings: Training) -> Answers | None:
-    """What the teacher answers; None without distillation.
+class _Asked:
+    """What a copy of a network answers, on the device and in the precision of the training; see `Answers`."""
 
-    Raises:
-        OptionError: there is no teacher.
-    """
-    if not settings.distill:
-        return None
-    if trainer.teacher is None:
-        raise OptionError(f"distill={settings.distill:g} needs a teacher: the network whose answers are to be learned")
-    return _answers(trainer.fabric, trainer.teacher, "the teacher")
+    def __init__(self, fabric: Fabric, network: nn.Module, what: str, sites: Sequence[str] = ()) -> None:
+        self.fabric, self.what, self.sites = fabric, what, sites
+        self.features: dict[str, Tensor] = {}
+        """What the modules at the sites gave at the last call."""
+        self.network = fabric.to_device(copy_of(network))
+        if any(parameter.ndim == 4 for parameter in self.network.parameters()):
+            self.network.to(memory_format=torch.channels_last)
 
-
-def _answers(fabric: Fabric, network: nn.Module, what: str) -> Answers:
-    """What a copy of `network` answers, on the device and in the precision of the training."""
-    asked = fabric.to_device(copy_of(network))
-    if any(parameter.ndim == 4 for parameter in asked.parameters()):
-        asked.to(memory_format=torch.channels_last)
-
-    def answers(images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         try:
-            with torch.no_grad(), fabric.autocast():
-                found = asked(images)
+            with torch.no_grad(), self.fabric.autocast(), watched(self.network, self.sites) as self.features:
+                found = self.network(images)
         except RuntimeError as error:
             if out_of_memory(error):
                 raise
             reason = str(error).strip().splitlines()[0]
-            raise DataError(f"{what} cannot take images {list(images.shape)}: {reason}") from error
+            raise DataError(f"{self.what} cannot take images {list(images.shape)}: {reason}") from error
         given = tensors(found)
         if not given or not bool(torch.isfinite(given[0]).all()):
             got = "NaN or infinity among them" if given else type(found).__name__
-            raise DataError(f"{what} has to answer with finite logits [B, K], got {got}")
+            raise DataError(f"{self.what} has to answer with finite logits [B, K], got {got}")
         return given[0].float()
 
-    return answers
+
+def _teacher_of(trainer: Trainer, settings: Training, stage: str, module: nn.Module, student: nn.Module) -> _Asked | None:
+    """The teacher that answers and, if features are learned, gives them; None if the settings need none.
+
+    Raises:
+        OptionError: there is no teacher, or none whose features this stage can learn.
+    """
+    if not settings.taught:
+        return None
+    if trainer.teacher is None:
+        raise OptionError(f"{settings.taught} needs a teacher: the network that is to be learned from")
+    if not settings.distill_features:
+        return _Asked(trainer.fabric, trainer.teacher, "the teacher")
+    if trainer.guide is None:
+        raise OptionError(f"stage {stage}: distill_features is for training with a method and for fine-tuning, which know the layers")
+    if isinstance(module, SpikingNetwork) and module.chunk:
+        raise OptionError(f"stage {stage}: distill_features needs all steps at once; leave chunk={module.chunk} out")
+    known = dict(student.named_modules())
+    sites = [site.name for site in trainer.guide.sites]
+    if missing := [name for name in sites if name not in known]:
+        raise OptionError(
+            f"stage {stage}: the network has no layer {missing[0]!r} as the teacher has; features are learned from a teacher of the same "
+            "architecture"
+        )
+    return _Asked(trainer.fabric, trainer.guide.module, "the teacher", sites)
 
 
 @contextlib.contextmanager
@@ -443,6 +482,12 @@ def _own_randomness(device: torch.device) -> Iterator[None]:
     """Whatever is drawn inside leaves the caller's generators as they were."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
+
+
+def _own_loss(trainer: Trainer, settings: Training, classes: int, stage: str, module: nn.Module) -> Loss:
+    """The loss of the settings for a stage that has none of its own."""
+    student = module.network if isinstance(module, SpikingNetwork) else module
+    return _loss_of(settings, classes, _teacher_of(trainer, settings, stage, module, student), student)
 
 
 class _Stage:
@@ -466,12 +511,12 @@ class _Stage:
             batches,
             module,
             stage,
-            loss or _loss_of(settings, batches.classes, _answers_of(trainer, settings)),
+            loss or _own_loss(trainer, settings, batches.classes, stage, module),
         )
         # What a loss of the caller's makes of images and targets is the caller's business.
         self.plain_loss = loss is None
         self.augmentation, self.about = trainer.augmentation, dict(trainer.about)
-        if settings.distill and trainer.teacher is not None:
+        if settings.taught and trainer.teacher is not None:
             self.about["teacher"] = digest(trainer.teacher.state_dict().values())
         self.watcher, self.resume, self.resumed = trainer.watcher, trainer.resume, trainer.resumed
         self.after_step, self.mode = after_step, mode or nn.Module.train

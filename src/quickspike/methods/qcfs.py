@@ -107,8 +107,8 @@ class _Quantise(torch.autograd.Function):
         z, mu = ctx.saved_tensors
         if kernels.staircase_applies(z, mu):
             bounds = _bounds(z, mu, ctx.levels, ctx.support)
-            to_z, to_mu = kernels.staircase_gradients(gradients[0], z, mu, ctx.levels, ctx.shift, *bounds)
-            return to_z, to_mu if ctx.needs_input_grad[1] else None, None, None, None
+            found = kernels.staircase_gradients(gradients[0], z, mu, ctx.levels, ctx.shift, *bounds)
+            return found[0], found[1] if ctx.needs_input_grad[1] else None, None, None, None
         inside = _inside(z, mu, ctx.levels, ctx.support)
         to_mu = None
         if ctx.needs_input_grad[1]:
