@@ -56,6 +56,7 @@ def distance(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
         # In the type that they have: the whole in single precision would take longer than the layers.
         error = torch.linalg.vector_norm(given - wanted.to(given.dtype), dtype=torch.promote_types(given.dtype, torch.float32))
         size = torch.linalg.vector_norm(wanted, dtype=error.dtype)
-        # A layer that is silent on these samples has no share to tell.
-        errors.append(error.square() / size.square().clamp_min(torch.finfo(size.dtype).tiny) if bool(size > 0) else error.square() * 0)
+        # A layer that is silent on these samples has no share to tell. On a GPU a look at the number would make everything wait.
+        heard = size > 0
+        errors.append((error / size.where(heard, torch.ones_like(size))).square() * heard)
     return torch.stack(errors).mean()
