@@ -266,7 +266,7 @@ class Trainer:
     teacher: nn.Module | None = None
     """Whose answers the network learns (`Training.distill`); not modified."""
     guide: Traced | None = None
-    """The teacher as a graph with the student's sites, which answers in its place (`Training.distill_features`); made by `fit` and `tune`."""
+    """The teacher as a graph with the student's sites, answering in its place (`Training.distill_features`); made by `fit` and `tune`."""
     resumed: list[float] = field(default_factory=list)
     """Gets the seconds of the epochs that a checkpoint holds, an entry for each stage that went on from one."""
     about: Mapping[str, Any] = field(default_factory=dict)
