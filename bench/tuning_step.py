@@ -4,7 +4,8 @@
 
 Time is the median of interleaved repetitions. Memory is told twice: *peak*, by how much the resident memory of a process of
 its own grows at most during its second step, and *kept*, the bytes that autograd keeps for the backward pass (parameters not
-counted). Training steps of other simulators, each with its own surrogate gradient, are measured too where they are installed
+counted). Beside them a training step of the source network with the activations of `qcfs`, in compiled loops and without.
+Training steps of other simulators, each with its own surrogate gradient, are measured too where they are installed
 (pip install 'quickspike[bench]'; see peers.py).
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,16 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 import quickspike as qs
+from quickspike import kernels
+from quickspike.conversion import prepare
+from quickspike.data import ImageStream
+from quickspike.graph import trace
+from quickspike.method import create
 from quickspike.models import load_model
 from quickspike.processor import has_bfloat16
 
 SOURCE = "source"
+QCFS, REFERENCE = "qcfs", "qcfs without compiled loops"
 
 
 def kept_bytes(forward: Callable[[], Tensor], parameters: list[nn.Parameter]) -> int:
@@ -74,6 +81,29 @@ def training(network: nn.Module, run: Callable[[Tensor], Tensor], batch: int, pr
     return Training(network, forward, step)
 
 
+def with_qcfs(model: str) -> nn.Module:
+    """The source network with staircases for activations, ready to train."""
+    torch.manual_seed(0)
+    few, method = torch.randn(16, 3, 32, 32), create("qcfs", granularity="channel")
+    ann = prepare(trace(load_model(model), few, trainable=True), method)
+    method.fit(ann, ImageStream(few))
+    return ann.module.requires_grad_(True)
+
+
+def without_loops(step: Callable[[], None]) -> Callable[[], None]:
+    """The same step, with staircases as torch computes them."""
+
+    def slow() -> None:
+        applies = kernels.staircase_applies
+        kernels.staircase_applies = lambda *_: False  # type: ignore[assignment]
+        try:
+            step()
+        finally:
+            kernels.staircase_applies = applies
+
+    return slow
+
+
 def trained(model: str, steps: int, batch: int, precision: str) -> tuple[dict[str, Training], dict[str, str]]:
     """(training of the source network, of ours for `steps` and of every peer's, by name; why peers are missing)."""
     torch.manual_seed(0)
@@ -87,7 +117,10 @@ def trained(model: str, steps: int, batch: int, precision: str) -> tuple[dict[st
     others, missing = peers(fuse(source.eval()), steps, few)
     networks: dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]] = {SOURCE: (own, own), f"T = {steps}": (snn, snn)}
     networks |= {f"T = {steps}, {name}": (peer.network, peer.run) for name, peer in others.items()}
-    return {name: training(*network, batch, precision) for name, network in networks.items()}, missing
+    networks |= {name: (network, network) for name in (QCFS, REFERENCE) for network in [with_qcfs(model)]}
+    found = {name: training(*network, batch, precision) for name, network in networks.items()}
+    found[REFERENCE] = replace(found[REFERENCE], step=without_loops(found[REFERENCE].step))
+    return found, missing
 
 
 def one_step(name: str, model: str, steps: int, batch: int, precision: str) -> Callable[[], None]:
