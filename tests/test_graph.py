@@ -1558,10 +1558,11 @@ class Tents(nn.Module):
         for _ in range(times):
             hidden, norm, out = nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 1, 1)
             with torch.no_grad():
-                hidden.weight.copy_(torch.tensor([1.0, 1.0]).view(2, 1, 1, 1))
-                hidden.bias.copy_(torch.tensor([0.0, -0.5]))
+                # Weights that folding has to round: with 1 some processors give the same answers bit for bit.
+                hidden.weight.copy_(torch.tensor([0.7, 0.7]).view(2, 1, 1, 1))
+                hidden.bias.copy_(torch.tensor([0.0, -0.35]))
                 norm.running_var.copy_(torch.tensor([3.0, 7.0]))
-                norm.weight.copy_((norm.running_var + norm.eps).sqrt())
+                norm.weight.copy_((norm.running_var + norm.eps).sqrt() / 0.7)
                 out.weight.copy_(torch.tensor([1.99, -3.98]).view(1, 2, 1, 1))
                 out.bias.fill_(0.003)
             self.layers.append(nn.Sequential(hidden, norm, nn.ReLU(), out))

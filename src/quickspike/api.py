@@ -191,7 +191,7 @@ def tune(snn: SpikingNetwork, trainer: Trainer, tuning: Tuning | None = None, te
     method = Method.from_json(snn.method)
     if teacher is not None:
         trainer = dataclasses.replace(trainer, teacher=teacher)
-    if trainer.settings.distill_features and trainer.teacher is not None:
+    if isinstance(trainer, Trainer) and trainer.settings.distill_features and trainer.teacher is not None:
         example, _ = next(iter(trainer.data.loader("train", limit=1)))
         analog, pieces = snn.provenance.get("analog", ()), snn.provenance.get("pieces", PIECES)
         trainer = _guided(trainer, trainer.teacher, method, example, analog, pieces)
