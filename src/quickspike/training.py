@@ -97,7 +97,7 @@ class Training:
     )
     distill_features: float = option(
         0.0,
-        "weight of the distance to what the layers of a teacher of the same architecture give, added to the loss (with a method or in tune)",
+        "weight of the distance to what the layers of a teacher of the same architecture give, added to the loss (methods and tune)",
         low=0,
         high=1000,
     )
