@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -94,12 +95,8 @@ def without_loops(step: Callable[[], None]) -> Callable[[], None]:
     """The same step, with staircases as torch computes them."""
 
     def slow() -> None:
-        applies = kernels.staircase_applies
-        kernels.staircase_applies = lambda *_: False  # type: ignore[assignment]
-        try:
+        with mock.patch.object(kernels, "staircase_applies", return_value=False):
             step()
-        finally:
-            kernels.staircase_applies = applies
 
     return slow
 
