@@ -15,6 +15,7 @@ from quickspike.data import DataSet, ImageStream
 from quickspike.evaluation import make_fabric
 from quickspike.graph import Site
 from quickspike.methods.qcfs import QCFS, QuantisedReLU, quantise
+from quickspike.methods.slip_relu import SlipReLU
 from quickspike.networks import digits_cnn
 from quickspike.neuron import Neuron
 from quickspike.training import Trainer, Training
@@ -213,6 +214,21 @@ def test_training_starts_where_it_is_told_to(digits: DataSet, digits_calibration
     ann = fit(source(), stream, QCFS(percentile=100), trainer(digits, epochs=0))
     peaks = [float(ann.at(site).probe.histogram.maximum.max()) for site in ann.sites]
     assert [float(ann.at(site).ceiling.detach()) for site in ann.sites] == pytest.approx(peaks)
+
+
+@pytest.mark.parametrize("method", [QCFS(levels=2, steps=16), SlipReLU(levels=2, steps=16)], ids=lambda method: method.name)
+def test_a_training_starts_at_the_ceilings_of_least_squared_error_for_its_own_levels(
+    method: QCFS | SlipReLU, digits: DataSet, digits_calibration: Tensor
+) -> None:
+    stream = ImageStream(digits_calibration[:100])
+    ann = fit(source(), stream, method, trainer(digits, epochs=0))
+    for site in ann.sites:
+        ceiling = ann.at(site)
+        wanted = ceiling.probe.finish(ceiling.probe.histogram.squared_error_ceiling(2, 0.5))
+        assert torch.equal(ceiling.ceiling.detach(), wanted)
+        assert float(wanted) < 0.9 * float(ceiling.probe.histogram.maximum.max())
+    for_steps = fit(source(), stream, method)
+    assert all(bool(ann.at(site).ceiling.detach() < for_steps.at(site).ceiling.detach()) for site in ann.sites)
 
 
 def test_training_moves_the_ceilings_and_what_comes_out_is_the_twin(digits: DataSet, digits_test: tuple[Tensor, Tensor]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,11 @@ class QCFS(Method):
     )
     granularity: Granularity = option("layer", "one ceiling per layer (the paper's) or per channel")
     percentile: float = option(
-        99.9, "share of activations below the ceiling that training starts from", unit="%", low=0, high=100, low_open=True
+        0.0,
+        "share of activations below the ceiling that training starts from; 0 for the ceiling at which the staircase errs least",
+        unit="%",
+        low=0,
+        high=100,
     )
     start: float = option(0.0, "ceiling that training starts from, 8 in the paper; 0 takes it from calibration images", low=0, high=1e6)
     ceiling_decay: float = option(5e-4, "weight decay of the ceilings", low=0, high=1)
@@ -65,19 +69,45 @@ class QCFS(Method):
         return QuantisedReLU(site, self.granularity, self.levels, self.support)
 
     def fit(self, ann: Traced, images: ImageStream, train: Train | None = None) -> None:
-        drawn = fitting(self.resolution, self.initial, self.percentile, train)
+        drawn = fitting(self, 0.5, train)
         learn_ceilings(ann, images, train, drawn, start=self.start, decay=self.ceiling_decay)
 
     def neuron(self, site: Site, activation: nn.Module) -> NeuronParameters:
         return NeuronParameters(ceiling_at(site, activation).ceiling, initial=self.initial)
 
 
-def fitting(levels: int, initial: float, percentile: float, train: Train | None) -> Callable[[Site, LearnedCeiling], Tensor]:
-    """How ceilings of a staircase follow from what was seen: a training moves them, without one they have to fit the steps at once."""
+class Staircase(Protocol):
+    """A method whose activation is a staircase."""
+
+    @property
+    def resolution(self) -> int: ...
+    @property
+    def levels(self) -> int: ...
+    @property
+    def initial(self) -> float: ...
+    @property
+    def percentile(self) -> float: ...
+
+
+def fitting(method: Staircase, shift: float, train: Train | None) -> Callable[[Site, LearnedCeiling], Tensor]:
+    """How ceilings of a staircase follow from what was seen: for a training, those of its own levels, without one, of T steps.
+
+    Of few levels a ceiling near the largest activation leaves most activations below the first one, from which a training
+    does not recover: `fast_cnn` with L = 1 starts at 67 % of CIFAR-10 with the least squared error.
+
+    Args:
+        method: its levels and resolution count.
+        shift: of the staircase in training, in levels.
+        train: the training, if there is one.
+    """
 
     def drawn(site: Site, ceiling: LearnedCeiling) -> Tensor:
         histogram = ceiling.probe.histogram
-        return histogram.squared_error_ceiling(levels, initial) if train is None else histogram.percentile(percentile)
+        if train is None:
+            return histogram.squared_error_ceiling(method.resolution, method.initial)
+        if method.percentile:
+            return histogram.percentile(method.percentile)
+        return histogram.squared_error_ceiling(method.levels, shift)
 
     return drawn
 

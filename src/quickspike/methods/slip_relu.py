@@ -50,7 +50,11 @@ class SlipReLU(Method):
     initial: float = option(0.5, "shift d2 of the staircase, and initial potential", unit="theta", low=0, high=1)
     granularity: Granularity = option("layer", "one ceiling per layer (the paper's) or per channel")
     percentile: float = option(
-        99.9, "share of activations below the ceiling that training starts from", unit="%", low=0, high=100, low_open=True
+        0.0,
+        "share of activations below the ceiling that training starts from; 0 for the ceiling at which the staircase errs least",
+        unit="%",
+        low=0,
+        high=100,
     )
     start: float = option(0.0, "ceiling that training starts from, 8 in the paper; 0 takes it from calibration images", low=0, high=1e6)
     ceiling_decay: float = option(5e-4, "weight decay of the ceilings", low=0, high=1)
@@ -59,7 +63,7 @@ class SlipReLU(Method):
         return SlippedReLU(site, self)
 
     def fit(self, ann: Traced, images: ImageStream, train: Train | None = None) -> None:
-        drawn = fitting(self.resolution, self.initial, self.percentile, train)
+        drawn = fitting(self, self.initial, train)
         learn_ceilings(ann, images, train, drawn, start=self.start, decay=self.ceiling_decay)
 
     def neuron(self, site: Site, activation: nn.Module) -> NeuronParameters:
