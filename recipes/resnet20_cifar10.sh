@@ -23,7 +23,12 @@ options_of() { # METHOD STEPS
     potential_init) echo --method potential_init ;;
     threshold_balancing) echo --method threshold_balancing --scale $scale ;;
     streaming_bias) echo --method threshold_balancing --scale $scale --refine bias_correction ;;
-    streaming_weights) echo --method threshold_balancing --scale $scale --refine weight_calibration:reach=network ;;
+    streaming_weights)
+        # The longest windows take the longest; 1,000 steps at T = 16 are an hour on one core.
+        local iterations=200
+        [ "$2" -lt 16 ] || iterations=1000
+        echo --method threshold_balancing --scale $scale --refine "weight_calibration:reach=network,iterations=$iterations"
+        ;;
     residual_mask) echo --method threshold_balancing --scale $scale --refine "residual_mask:tau=$((($2 + 1) / 2))" ;;
     signed) echo --method threshold_balancing --signed ;;
     signed_bias) echo --method threshold_balancing --signed --refine bias_correction ;;
