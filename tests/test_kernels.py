@@ -291,7 +291,7 @@ def staircase_case(shape: tuple[int, ...], per_channel: bool, channels_last: boo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("support", ["inside", "clamp_after", "paper"])
+@pytest.mark.parametrize("support", ["inside", "clamp_after", "paper", "triangular"])
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize(("shape", "channels_last"), LAYOUTS, ids=str)
 def test_the_compiled_staircase_is_the_reference(

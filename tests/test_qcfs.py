@@ -22,7 +22,7 @@ from quickspike.training import Trainer, Training
 
 F64 = torch.float64
 SITE = Site("relu", "relu", None, (6,))
-SUPPORTS = pytest.mark.parametrize("support", ["inside", "clamp_after", "paper"])
+SUPPORTS = pytest.mark.parametrize("support", ["inside", "clamp_after", "paper", "triangular"])
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +114,21 @@ def test_q3_supports(support: str, below: int, above: int, low_in: bool, high_in
     inside = (low < values) & (values < high) | low_in * (values == low) | high_in * (values == high)
     wrong = values[z.grad.numpy() != inside]
     assert not len(wrong), wrong
+
+
+@pytest.mark.parametrize("levels", [1, 2, 4])
+@pytest.mark.parametrize("shift", [0.5, 0.25])
+def test_the_triangular_gradient_peaks_at_the_jumps(levels: int, shift: float) -> None:
+    """Quarters of a level are binary fractions under the ceiling 1; out = mu f(z/mu), so that z da/dz + mu da/dmu = a."""
+    z = (torch.arange(-8, 9 * levels, dtype=F64) / (8 * levels)).requires_grad_()
+    mu = torch.ones((), dtype=F64, requires_grad=True)
+    for at in range(len(z)):
+        out = quantise(z[at], mu, levels, "triangular", shift)
+        to_z, to_mu = torch.autograd.grad(out, (z, mu))
+        climbed = float(z[at].detach()) * levels + shift
+        jump = round(climbed)
+        assert float(to_z[at]) == (2 - 4 * abs(climbed - jump) if 1 <= jump <= levels else 0)
+        assert float((z[at] * to_z[at] + mu * to_mu - out).detach()) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("support", ["inside", "clamp_after"])

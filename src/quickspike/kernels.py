@@ -399,9 +399,13 @@ def staircase(z: Tensor, ceiling: Tensor, levels: int, shift: float) -> Tensor:
 
 
 def staircase_gradients(
-    gradient: Tensor, z: Tensor, ceiling: Tensor, levels: int, shift: float, low: Tensor, high: Tensor
+    gradient: Tensor, z: Tensor, ceiling: Tensor, levels: int, shift: float, bounds: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients to `z`, which pass where low <= z <= high, and to the ceiling, which takes the floor as the identity there."""
+    """Gradients to `z`, and to the ceiling, which takes the floor as the identity where the other passes.
+
+    It passes between the bounds, or without any as a triangle around each jump.
+    """
+    low, high = bounds or (ceiling, ceiling)
     inner, channels = _inner(z), ceiling.numel()
     length = _loops().block_length(channels, inner)
     groups = _groups(z.numel(), length)
@@ -422,6 +426,7 @@ def staircase_gradients(
         length,
         np.float32(shift),
         np.float32(levels),
+        bounds is None,
         z.dtype == torch.bfloat16,
     )
     to_ceiling = torch.from_numpy(sums.sum((0, 1), dtype=np.float64).astype(np.float32))

@@ -454,9 +454,22 @@ def staircase(first, last, z, out, per_level, ceiling, channels, inner, length, 
         store(level, out_bits, 0, start, size, half, out)
 
 
+@_inline
+def triangles(value, per_level, shift, levels, size, inside):
+    """2 at the jumps of the staircase, 0 halfway between them and beyond."""
+    half, two = np.float32(0.5), np.float32(2.0)
+    for i in range(size):
+        climbed = value[i] * per_level[i] + shift
+        slope = two * np.abs(two * (climbed - np.floor(climbed)) - np.float32(1.0))
+        inside[i] = slope if (climbed >= half) & (climbed <= levels + half) else np.float32(0.0)
+
+
 @_compile
-def staircase_backward(first, last, z, g, dz, per_level, ceiling, low, high, sums, inner, length, shift, levels, half):
-    """Fill groups `first` to `last` of `dz` and of `sums` `[groups, 1, K]`: gradients to z, which pass in [low, high], and to ceilings."""
+def staircase_backward(first, last, z, g, dz, per_level, ceiling, low, high, sums, inner, length, shift, levels, triangular, half):
+    """Fill groups `first` to `last` of `dz` and of `sums` `[groups, 1, K]`: gradients to z and to ceilings.
+
+    They pass in [low, high], or as a triangle around each jump.
+    """
     number, channels = g.shape[1], sums.shape[2]
     bits, g_bits, out_bits = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32)
     value, gradient, passed = bits.view(np.float32), g_bits.view(np.float32), out_bits.view(np.float32)
@@ -475,8 +488,11 @@ def staircase_backward(first, last, z, g, dz, per_level, ceiling, low, high, sum
             load(z, 0, start, size, bits, half)
             load(g, 0, start, size, g_bits, half)
             climb(value, pl, shift, levels, size, level)
-            for i in range(size):
-                inside[i] = np.float32(1.0) if (value[i] >= lo[i]) & (value[i] <= hi[i]) else np.float32(0.0)
+            if triangular:
+                triangles(value, pl, shift, levels, size, inside)
+            else:
+                for i in range(size):
+                    inside[i] = np.float32(1.0) if (value[i] >= lo[i]) & (value[i] <= hi[i]) else np.float32(0.0)
             for i in range(size):
                 level[i] = level[i] - inside[i] * (value[i] / ce[i])
             for i in range(size):

@@ -23,7 +23,7 @@ from quickspike.neuron import NeuronParameters, reduced
 from quickspike.options import option
 from quickspike.training import Train
 
-Support = Literal["inside", "clamp_after", "paper"]
+Support = Literal["inside", "clamp_after", "paper", "triangular"]
 
 
 @register
@@ -52,7 +52,8 @@ class QCFS(Method):
     initial: float = option(0.5, "initial potential", unit="theta", low=0, high=1)
     support: Support = option(
         "inside",
-        "where the gradient passes: 0 <= z <= mu, up to half a level below and above (clamp_after), or the paper's printed interval",
+        "where the gradient passes: 0 <= z <= mu, up to half a level below and above (clamp_after), the paper's printed interval, or "
+        "as a triangle around each jump, twice as steep there and flat halfway to the next, which is closer to what few levels do",
     )
     granularity: Granularity = option("layer", "one ceiling per layer (the paper's) or per channel")
     percentile: float = option(
@@ -136,21 +137,29 @@ class _Quantise(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         z, mu = ctx.saved_tensors
         if kernels.staircase_applies(z, mu):
-            bounds = _bounds(z, mu, ctx.levels, ctx.support)
-            found = kernels.staircase_gradients(gradients[0], z, mu, ctx.levels, ctx.shift, *bounds)
+            bounds = None if ctx.support == "triangular" else _bounds(z, mu, ctx.levels, ctx.support)
+            found = kernels.staircase_gradients(gradients[0], z, mu, ctx.levels, ctx.shift, bounds)
             return found[0], found[1] if ctx.needs_input_grad[1] else None, None, None, None
-        inside = _inside(z, mu, ctx.levels, ctx.support)
+        triangular = ctx.support == "triangular"
+        inside = _triangles(z, mu, ctx.levels, ctx.shift) if triangular else _inside(z, mu, ctx.levels, ctx.support)
         to_mu = None
         if ctx.needs_input_grad[1]:
             slope = _level(z, mu, ctx.levels, ctx.shift).sub_(inside * (z / mu))
             to_mu = reduced(slope.mul_(gradients[0]), mu)
-        return inside.mul_(gradients[0]), to_mu, None, None, None
+        return inside.mul_(gradients[0]).to(z), to_mu, None, None, None
 
 
 def _level(z: Tensor, mu: Tensor, levels: int, shift: float) -> Tensor:
     """Share of mu that is passed on, in at least single precision."""
     wide = z.to(torch.promote_types(z.dtype, mu.dtype))
     return (wide * (levels / mu)).add_(shift).floor_().clamp_(0, levels).div_(levels)
+
+
+def _triangles(z: Tensor, mu: Tensor, levels: int, shift: float) -> Tensor:
+    """2 at the jumps of the staircase, 0 halfway between them and beyond, in at least single precision."""
+    climbed = z.to(torch.promote_types(z.dtype, mu.dtype)) * (levels / mu) + shift
+    near = (climbed >= 0.5) & (climbed <= levels + 0.5)
+    return (climbed - climbed.floor()).mul_(2).sub_(1).abs_().mul_(2).masked_fill_(~near, 0.0)
 
 
 def _inside(z: Tensor, mu: Tensor, levels: int, support: Support) -> Tensor:
