@@ -225,7 +225,7 @@ class _Spiking(_Kept):
     def mean(self, n: fx.Node, value: Tensor) -> Tensor:
         layer = self.submodules.get(str(n.target)) if n.op == "call_module" else None
         if isinstance(layer, Neuron):
-            spikes = unfold(value, self.snn.steps).sign() * _height(layer).sign()
+            spikes = unfold(layer.spikes(value) * value.sign() * _height(layer).sign(), self.snn.steps)
             self.counts[n], self.fired[n] = spikes.sum(0).long(), spikes.ne(0).any(0)
         return unfold(value, self.snn.steps).mean(0) if n in self.timed else value
 
@@ -268,10 +268,11 @@ def replay(neuron: Neuron, current: Tensor, steps: int) -> Tensor:
     if neuron.weighted:
         return weighted_spikes(current, neuron.initial * theta, theta, _height(neuron), steps, strict=neuron.strict)
     return integrate(
-        *(current, neuron.initial * theta, theta, leak, _height(neuron), steps),
+        *(current, neuron.start(theta), theta, leak, _height(neuron), steps),
         constant=constant,
         strict=neuron.strict,
         signed=neuron.signed,
+        members=neuron.members,
     )[0]
 
 
@@ -337,11 +338,11 @@ def _add(sums: _Sums, snn: SpikingNetwork, node: fx.Node, spiking: _Spiking, pla
     height = _height(neuron)
     here, there = activation(neuron, z, ceiling), activation(neuron, at_winner, ceiling)
     clipped = torch.minimum(here, height.expand_as(here))
-    begin, strict = neuron.initial * theta, neuron.strict
+    begin, strict, members = neuron.start(theta), neuron.strict, neuron.members
     evenly = (
         weighted_spikes(z, begin, theta, height, snn.steps, strict=strict)
         if neuron.weighted
-        else integrate(z, begin, theta, leak, height, snn.steps, constant=True, strict=strict)[0]
+        else integrate(z, begin, theta, leak, height, snn.steps, constant=True, strict=strict, members=members)[0]
     )
     stairs, fired = unfold(evenly, snn.steps).mean(0), spiking.replayed[str(node.target)]
     steps = (there - wanted, here - there, clipped - here, stairs - clipped, fired - stairs, out - fired)
@@ -365,16 +366,18 @@ def _add(sums: _Sums, snn: SpikingNetwork, node: fx.Node, spiking: _Spiking, pla
             sums.branches[name] = sums.branches.get(name, 0.0) + share
     counts = spiking.counts[node]
     sums.silent += int((~spiking.fired[node]).sum())
-    sums.saturated += int((counts == snn.steps).sum())
-    bins = min(10, snn.steps + 1)
-    sums.rates += torch.bincount((counts * bins // (snn.steps + 1)).flatten(), minlength=10).cpu()
+    most = snn.steps * members
+    sums.saturated += int((counts == most).sum())
+    bins = min(10, most + 1)
+    sums.rates += torch.bincount((counts * bins // (most + 1)).flatten(), minlength=10).cpu()
     if bool((leak != 1).any()) or neuron.weighted:
         sums.outside = None
     elif sums.outside is not None:
         # Without a leak, what came in either went out or is still there.
-        left = neuron.initial * theta + snn.steps * z - theta * counts
-        slack = 1e-4 * theta
-        too_often, too_seldom = (left < -slack) & (counts > 0), (left > theta + slack) & (counts < snn.steps)
+        unit = theta / members
+        left = begin + snn.steps * z - unit * counts
+        slack = 1e-4 * unit
+        too_often, too_seldom = (left < -slack) & (counts > 0), (left > unit + slack) & (counts < most)
         sums.outside += int((too_often | too_seldom).sum())
 
 
@@ -397,7 +400,7 @@ def _finished(site: str, sums: _Sums, neuron: Neuron, steps: int) -> SiteAnatomy
         saturated=sums.saturated / sums.count,
         initial=float(neuron.initial.mean()),
         outside=None if sums.outside is None else sums.outside / sums.count,
-        rates=tuple((sums.rates.double() / sums.count)[: steps + 1].tolist()),
+        rates=tuple((sums.rates.double() / sums.count)[: steps * neuron.members + 1].tolist()),
     )
     return SiteAnatomy(**{**vars(found), "advice": advice(found)})
 

@@ -114,6 +114,8 @@ def _layer_to_json(layer: nn.Module) -> dict[str, Any]:
         # Types of their own, so that versions that do not know of them do not take them for plain ones.
         if layer.weighted:
             return {"type": "WeightedNeuron", "arguments": arguments}
+        if layer.members > 1:
+            return {"type": "GroupedNeuron", "arguments": arguments | {"members": layer.members}}
         if isinstance(layer, RehearsedNeuron):
             return {"type": "RehearsedNeuron", "arguments": arguments | {"kind": layer.kind, "rehearsal": layer.rehearsal}}
         return {"type": "Neuron", "arguments": arguments}
@@ -330,13 +332,14 @@ def _place(root: nn.Module, path: str, thing: nn.Module | Tensor) -> None:
 
 def _layer_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor], steps: int, name: str) -> nn.Module:
     kind, arguments = data["type"], data["arguments"]
-    if kind in ("Neuron", "WeightedNeuron", "RehearsedNeuron"):
+    if kind in ("Neuron", "WeightedNeuron", "GroupedNeuron", "RehearsedNeuron"):
         surrogate = Surrogate(**arguments["surrogate"])
         # Flags that came later are left out where they are false, and so they are in files from before.
         later = dict.fromkeys(("averaged", "signed", "to_zero"), False)
         flags = {flag: _flag({**later, **arguments}, flag) for flag in ("scaled", "strict", *later)}
         flags["weighted"] = kind == "WeightedNeuron"
-        made = (NeuronParameters(torch.ones(()), **flags), steps, _flag(arguments, "constant_input"), surrogate)
+        members = arguments["members"] if kind == "GroupedNeuron" else 1
+        made = (NeuronParameters(torch.ones(()), **flags, members=members), steps, _flag(arguments, "constant_input"), surrogate)
         first_run = {key: arguments[key] for key in ("kind", "rehearsal")} if kind == "RehearsedNeuron" else {}
         neuron = RehearsedNeuron(*made, **first_run) if first_run else Neuron(*made)
         # Past the checks of NeuronParameters: training may have left a threshold below 0, where it acts as the smallest.

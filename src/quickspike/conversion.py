@@ -170,13 +170,20 @@ class SpikingNetwork(nn.Module):
     @property
     def resolution(self) -> int:
         """Levels above 0 that a neuron tells apart in T steps."""
-        return levels_of(self.steps, self.weighted)
+        return levels_of(self.steps, self.weighted, self.members)
 
-    def refuse_weighted(self, what: str) -> None:
-        """Raise OptionError if spikes are weighted, which `what` has no place for."""
+    @property
+    def members(self) -> int:
+        """Neurons in a group, see `quickspike.neuron`; 1 without groups."""
+        return max((neuron.members for neuron in self.neurons().values()), default=1)
+
+    def refuse_levels(self, what: str) -> None:
+        """Raise OptionError if spikes are weighted or neurons stand in groups, which `what` has no place for."""
         for name, neuron in self.neurons().items():
             if neuron.weighted:
                 raise OptionError(f"{what} has no place for spikes that are weighted by their step ({name}); take snn.rate_coded()")
+            if neuron.members > 1:
+                raise OptionError(f"{what} has no place for groups of neurons ({name}); take snn.rate_coded(), or convert with members=1")
 
     def as_synchronous(self) -> SpikingNetwork:
         """A copy whose layers wait for the whole window of the one before; neurons that turn pixels into spikes do not.
@@ -204,17 +211,30 @@ class SpikingNetwork(nn.Module):
         other = self.as_synchronous()
         _check_weighted(other.steps)
         for name, neuron in other.neurons().items():
-            if neuron.signed or neuron.to_zero or bool((neuron.bounded()[1] != 1).any()):
-                raise OptionError(f"weighted spikes need a reset by subtraction, no signs and no leak, unlike those of {name}")
+            if neuron.signed or neuron.to_zero or neuron.members > 1 or bool((neuron.bounded()[1] != 1).any()):
+                raise OptionError(f"weighted spikes need a reset by subtraction, no signs, no groups and no leak, unlike those of {name}")
             neuron.weighted = True
         return other
 
     def rate_coded(self) -> SpikingNetwork:
-        """A copy without weighted spikes: synchronous, 2^T - 1 steps instead of T, with the same answers up to rounding."""
-        other = copy.deepcopy(self)
+        """A copy without weighted spikes and groups of neurons, with the same answers up to rounding.
+
+        It is synchronous, and runs for 2^T - 1 steps where spikes were weighted, for T M with groups of M neurons.
+
+        Raises:
+            OptionError: groups of neurons leak, or that do not wait go through several steps: their spikes depend on the order of
+                what arrives.
+        """
+        grouped = self.members > 1
+        for name, neuron in self.neurons().items() if grouped else ():
+            streams = self.steps > 1 and not (neuron.averaged or neuron.constant_input)
+            if streams or bool((neuron.bounded()[1] != 1).any()):
+                why = "leak" if not streams else f"run for T = {self.steps} without waiting (T = 1 or synchronous=True would do)"
+                raise OptionError(f"no single neurons give the answers of groups that {why} ({name}); convert with members=1")
+        other = self.as_synchronous() if grouped else copy.deepcopy(self)
         for neuron in other.neurons().values():
-            neuron.weighted = False
-        if self.weighted:
+            neuron.weighted, neuron.members = False, 1
+        if self.weighted or grouped:
             other.set_steps(self.resolution)
         return other
 
@@ -222,10 +242,10 @@ class SpikingNetwork(nn.Module):
         """A copy whose neurons take spikes back when later currents show that they were too many.
 
         Raises:
-            OptionError: spikes set potentials to 0 or are weighted, or neurons have a first run.
+            OptionError: spikes set potentials to 0 or are weighted, or neurons have a first run or stand in groups.
         """
         self.refuse_first_runs("a network that takes spikes back")
-        self.refuse_weighted("a network that takes spikes back")
+        self.refuse_levels("a network that takes spikes back")
         other = copy.deepcopy(self)
         for neuron in other.neurons().values():
             if neuron.to_zero:
@@ -239,14 +259,14 @@ class SpikingNetwork(nn.Module):
         What is above theta is lost then. That costs accuracy, which fine-tuning wins back in part (`quickspike tune --reset zero`).
 
         Raises:
-            OptionError: no such reset, or neurons take spikes back, have a first run or weigh their spikes, which needs a reset by
-                subtraction.
+            OptionError: no such reset, or neurons take spikes back, have a first run, stand in groups or weigh their spikes, which
+                needs a reset by subtraction.
         """
         if reset not in ("subtract", "zero"):
             raise OptionError(f"reset must be subtract or zero, got {reset!r}")
         if reset == "zero":
             self.refuse_first_runs("a reset to 0")
-            self.refuse_weighted("a reset to 0")
+            self.refuse_levels("a reset to 0")
         other = copy.deepcopy(self)
         for name, neuron in other.neurons().items():
             if neuron.signed and reset == "zero":
@@ -389,6 +409,7 @@ def to_spiking(ann: Traced, method: Method, provenance: Mapping[str, Any], surro
         constant = time.feed(node)
         here = method.at(site)
         parameters = replace(here.neuron(site, ann.at(site)), averaged=here.waits(site), signed=here.signed, weighted=here.weighted)
+        parameters = replace(parameters, members=here.members)
         module.set_submodule(site.name, Neuron(parameters, method.steps, constant, surrogate or method.surrogate()).to(like))
     output = next(node for node in module.graph.nodes if node.op == "output")
     if time.signals[output] != "timed":

@@ -81,7 +81,7 @@ def fold(snn: SpikingNetwork, bits: int | None = None) -> SpikingNetwork:
     if "engine" in snn.provenance:
         raise OptionError(f"this network was made for the {snn.provenance['engine']['name']} engine; fold the one it was made from")
     snn.refuse_first_runs("a folded network")
-    snn.refuse_weighted("a folded network")
+    snn.refuse_levels("a folded network")
     network = copy.deepcopy(snn) if bits is None else _whole(snn, bits)
     _Folder(network).run()
     network.provenance["folded"] = True

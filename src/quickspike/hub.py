@@ -620,6 +620,11 @@ def _limits(snn: SpikingNetwork) -> str:
             "The spike of step t counts 2^(T-t) times as much as the last one, as in radix encoding (Wang et al. 2021, "
             "[arXiv 2105.06943](https://arxiv.org/abs/2105.06943)): hardware has to shift what it brings."
         )
+    if snn.members > 1:
+        found.append(
+            f"Where the source network has one neuron there is a group of {snn.members}, as in Lv et al. 2024 "
+            "([arXiv 2402.19061](https://arxiv.org/abs/2402.19061)): hardware has to have that many times the neurons."
+        )
     runs = {neuron.first_run for neuron in snn.neurons().values() if neuron.first_run}
     for kind, steps in sorted(runs):
         what = (

@@ -106,7 +106,7 @@ def parts(snn: SpikingNetwork, images: Tensor, memory: int, *, counted: bool = T
         OptionError: not even one step of one sample fits.
     """
     need = _demand(snn, images[:1])
-    counters = counter_type(snn.steps).itemsize * need.neurons if counted else 0
+    counters = counter_type(snn.steps * snn.members).itemsize * need.neurons if counted else 0
     kept = ANSWERS * need.answer * (snn.steps if counted else 1)
     one = 2 * counters + kept + WORKSPACE * need.constant
     if step_by_step:

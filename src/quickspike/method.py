@@ -12,7 +12,7 @@ from torch import nn
 
 from quickspike.activations import CeilingProbe
 from quickspike.errors import OptionError, QuickspikeError
-from quickspike.neuron import MAX_STEPS, MOST_WEIGHTED, Surrogate, levels_of
+from quickspike.neuron import MAX_STEPS, MOST_MEMBERS, MOST_WEIGHTED, Surrogate, levels_of
 from quickspike.options import option, validate
 from quickspike.paper import Paper as Paper
 from quickspike.refinement import Refinement
@@ -39,7 +39,7 @@ class Method(abc.ABC):
     paper: ClassVar[Paper]
     per_site: ClassVar[tuple[str, ...]] = ("synchronous", "signed")
     """Options that may differ from site to site; a method adds those that only `activation` and `neuron` look at."""
-    later: ClassVar[tuple[str, ...]] = ("refinements", "weighted")
+    later: ClassVar[tuple[str, ...]] = ("refinements", "weighted", "members")
     """Options that came after results were made without them: at their defaults nothing tells of them (digests of recipes)."""
 
     steps: int = option(8, "time steps the spiking network runs for", unit="steps", low=1, high=MAX_STEPS)
@@ -56,6 +56,13 @@ class Method(abc.ABC):
         False,
         f"each spike counts twice as much as one at the next step: 2^T levels in T steps (at most {MOST_WEIGHTED}); layers wait as with "
         "synchronous; for hardware that shifts",
+    )
+    members: int = option(
+        1,
+        "neurons in the group that stands in place of one (Group Neurons, arXiv 2402.19061): as many levels in a single step, nobody "
+        "waits, for so many times the neurons",
+        low=1,
+        high=MOST_MEMBERS,
     )
     sites: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
     """Options at some sites only, by a pattern of their names: {"layer1.*": {"initial": 0.0}}; the last that fits wins."""
@@ -78,6 +85,9 @@ class Method(abc.ABC):
             raise OptionError(f"{self.name}: weighted spikes have no place for {why}; leave one of them out")
         if self.weighted and self.steps > MOST_WEIGHTED:
             raise OptionError(f"{self.name}: weighted spikes have at most {MOST_WEIGHTED} steps, got steps={self.steps}")
+        if self.members > 1 and (self.signed or self.weighted or self.pools_spikes):
+            why = "spikes of -1" if self.signed else "weighted spikes" if self.weighted else "the maximum of the spikes of single steps"
+            raise OptionError(f"{self.name}: groups of neurons (members) have no place for {why}; leave one of them out")
         if not isinstance(self.sites, Mapping) or not all(isinstance(options, Mapping) for options in self.sites.values()):
             raise OptionError(
                 f"{self.name}: sites must be options by pattern, such as {{'layer1.*': {{'initial': 0.0}}}}, got {self.sites!r}"
@@ -123,7 +133,7 @@ class Method(abc.ABC):
     @property
     def resolution(self) -> int:
         """Levels above 0 that T steps tell apart: what ceilings and thresholds are fitted for."""
-        return levels_of(self.steps, self.weighted)
+        return levels_of(self.steps, self.weighted, self.members)
 
     def source(self, model: nn.Module) -> nn.Module:
         """The network that is traced: `model` itself, or `model` behind something that the method needs in front of it."""

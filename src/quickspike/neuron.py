@@ -17,6 +17,15 @@ Weighted spikes say which of 2^T levels a mean current reaches, the largest part
     m(t+1) = m(t) - w(t) theta s(t)          out(t) = T w(t) amplitude s(t)
 
 so that their mean over the T steps is that of 2^T - 1 steps of spikes without weights.
+
+A group of M neurons (L. Lv et al. 2024, arXiv 2402.19061) stands where one neuron stood. Its members share their current, have the
+thresholds theta/M, 2 theta/M .. theta, and every spike of one takes theta/M from the potentials of all, which are the same that way:
+
+    m(t) = leak * v(t-1) + current(t)        v(0) = initial * theta/M
+    s(t) = number of i in 1..M with m(t) >= i theta/M
+    v(t) = m(t) - theta/M * s(t)             out(t) = amplitude/M * s(t)
+
+so that one step tells M + 1 levels apart, with plain spikes and nobody waiting, for M times the neurons.
 """
 
 from __future__ import annotations
@@ -37,6 +46,9 @@ SurrogateShape = Literal["triangular", "boxcar", "arctan", "sigmoid"]
 
 MAX_STEPS = 65536
 """More time steps than any network needs; a larger number is a mistake or a hostile file."""
+
+MOST_MEMBERS = 256
+"""Largest group: members are compared one after the other, and more levels than 8 bits have gain nothing."""
 
 MOST_WEIGHTED = 12
 """Largest T of weighted spikes: with 4095 levels there is nothing left to gain."""
@@ -89,6 +101,8 @@ class _Rule:
     surrogate: Surrogate
     to_zero: bool = False
     """A spike sets the potential to 0 instead of taking theta from it."""
+    members: int = 1
+    """Neurons in a group."""
 
     def fire(self, m: Tensor, theta: Tensor) -> Tensor:
         # Compared directly: a product with 1/theta would move spikes that sit on the boundary.
@@ -221,6 +235,41 @@ def _signed_scan(
     return torch.cat(outputs) if learning else out, v, left
 
 
+class _Members(torch.autograd.Function):
+    """Spikes of the members of groups; backward, the sum of their surrogates' derivatives at m/unit - i, i = 1..M."""
+
+    @staticmethod
+    def forward(ctx: Any, spikes: Tensor, u: Tensor, rule: _Rule) -> Tensor:
+        ctx.save_for_backward(u)
+        ctx.rule = rule
+        return spikes
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
+        (u,) = ctx.saved_tensors
+        slope = torch.zeros_like(u)
+        for member in range(1, ctx.rule.members + 1):
+            slope += ctx.rule.surrogate.derivative(u - member)
+        return None, gradients[0] * slope, None
+
+
+def _grouped_scan(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Tensor, rule: _Rule) -> tuple[Tensor, Tensor]:
+    """(outputs `[T*B, ...]`, final potential `[B, ...]`) of groups of neurons."""
+    inputs = current.expand(rule.steps, *current.shape) if rule.constant else unfold(current, rule.steps)
+    dtype = torch.promote_types(current.dtype, theta.dtype)
+    unit, height = theta / rule.members, amplitude / rule.members
+    outputs: list[Tensor] = []
+    for x in inputs:
+        m = x.to(dtype) + leak * v.to(dtype)
+        spikes = torch.zeros_like(m)
+        for member in range(1, rule.members + 1):
+            spikes += rule.fire(m, unit.detach() * member)
+        outputs.append((cast(Tensor, _Members.apply(spikes, m / unit, rule)) * height + 0.0).to(current.dtype))
+        # No gradient flows through the indicators of the reset.
+        v = torch.addcmul(m, unit, spikes.detach(), value=-1)
+    return torch.cat(outputs), v
+
+
 class _Weighted(torch.autograd.Function):
     """Weighted spikes `[T*B, ...]` for the mean current `[B, ...]`, the same at every step.
 
@@ -260,9 +309,9 @@ class _Weighted(torch.autograd.Function):
         )
 
 
-def levels_of(steps: int, weighted: bool = True) -> int:
-    """Levels above 0 that spikes tell apart in so many steps."""
-    return int(2**steps - 1) if weighted else steps
+def levels_of(steps: int, weighted: bool = True, members: int = 1) -> int:
+    """Levels above 0 that spikes, of groups of so many neurons, tell apart in so many steps."""
+    return int(2**steps - 1) if weighted else steps * members
 
 
 def _digits(current: Tensor, v: Tensor, theta: Tensor, rule: _Rule) -> Iterator[tuple[float, Tensor]]:
@@ -368,6 +417,8 @@ class NeuronParameters:
     """A spike sets the potential to 0, instead of taking theta from it: what is above theta is lost."""
     weighted: bool = False
     """The spike of step t counts 2^(T-t) times as much as that of step T; for neurons that wait, or whose current is constant."""
+    members: int = 1
+    """Neurons in the group that stands in place of one, each with a part of its height."""
 
     def __post_init__(self) -> None:
         for name in ("threshold", "initial", "leak", "amplitude"):
@@ -380,6 +431,10 @@ class NeuronParameters:
         leak = torch.as_tensor(self.leak)
         if self.weighted and (self.signed or self.to_zero or bool((leak != 1).any())):
             raise ConversionError("weighted spikes need a reset by subtraction, no signs and no leak")
+        if not 1 <= self.members <= MOST_MEMBERS:
+            raise ConversionError(f"a group has 1 to {MOST_MEMBERS} neurons, got {self.members}")
+        if self.members > 1 and (self.signed or self.to_zero or self.weighted):
+            raise ConversionError("groups of neurons need a reset by subtraction, no signs and no weights of spikes")
         if bool((self.threshold < 0).any()):
             raise ConversionError(f"neuron threshold must be >= 0, got {float(self.threshold.min()):g}")
         if bool(((leak < 0) | (leak > 1)).any()):
@@ -422,6 +477,7 @@ class Neuron(Timed):
         self.steps, self.constant_input = steps, constant_input
         self.scaled, self.strict, self.averaged = parameters.scaled, parameters.strict, parameters.averaged
         self.signed, self.to_zero, self.weighted = parameters.signed, parameters.to_zero, parameters.weighted
+        self.members = parameters.members
         if self.weighted and not (constant_input or parameters.averaged):
             raise ConversionError("weighted spikes say what a whole window amounts to; neurons that stream have none (averaged=True)")
         if self.weighted and steps > MOST_WEIGHTED:
@@ -447,7 +503,7 @@ class Neuron(Timed):
     def forward(self, x: Tensor) -> Tensor:
         if self.counts:
             return self._counted(x)
-        if self.signed:
+        if self.signed or self.members > 1:
             return self.scan(x, None, self.steps)[0]
         # The final potential is of no use here, and the compiled loops do not give it.
         x, constant = self._currents(x, self.steps)
@@ -488,13 +544,18 @@ class Neuron(Timed):
             digits = _digits(current, self.initial * theta, theta, self.rule(self.steps, True))
             level = sum(fired.to(theta.dtype) * 2.0**place for place, (_, fired) in zip(reversed(range(self.steps)), digits, strict=True))
             return (level * (self.height(theta) / self.resolution)).to(current.dtype)
+        if self.members > 1:
+            rule = self.rule(self.steps, True)
+            out, _ = _grouped_scan(current, self.start(theta), theta, leak, self.height(theta), rule)
+            return unfold(out, self.steps).mean(0)
         return self._spikes_under(current, 1, torch.int32).to(current.dtype) * (self.height(theta) / self.steps)
 
     def _spikes_under(self, x: Tensor, divisor: int, kind: torch.dtype) -> Tensor:
-        """Spikes in T steps under the constant current x/divisor; levels of weighted ones."""
+        """Spikes in T steps under the constant current x/divisor; levels of weighted ones and of groups."""
         theta, leak = self.bounded()
         v = self.initial * theta
-        rule = self.rule(self.resolution, True)
+        # A group of M goes through M levels where one neuron goes through M steps.
+        rule = dataclasses.replace(self.rule(self.resolution, True), members=1)
         if self.compiled and not self.to_zero and kernels.applies(x, (v, theta, leak), rule.steps, self.surrogate.shape):
             return kernels.count(x, v, theta, leak, rule, divisor, kind)
         # A quotient in half precision would be rounded once more than in the compiled loops.
@@ -506,7 +567,7 @@ class Neuron(Timed):
         x, constant = self._currents(x, steps)
         theta, leak = self.bounded()
         v, mask, left = state or (None, None, None)
-        initial, amplitude = self.initial * theta, self.height(theta)
+        initial, amplitude = self.start(theta), self.height(theta)
         rule = self.rule(steps, constant)
         learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, theta, leak, amplitude))
         # Fallen back from inside torch.compile: it takes the operator of forward(), but no loop that keeps its state.
@@ -521,6 +582,10 @@ class Neuron(Timed):
             out, v, left = scan(x, initial if v is None else v, left, theta, leak, amplitude, rule)
             out, mask = self._dropped(self._given(out), mask, steps)
             return out, (v, mask, left)
+        if self.members > 1:
+            out, v = _grouped_scan(x, initial if v is None else v, theta, leak, amplitude, rule)
+            out, mask = self._dropped(self._given(out), mask, steps)
+            return out, (v, mask, None)
         if compiled:
             out, v = kernels.fire_on(x, v, initial, theta, leak, amplitude, rule, self.output)
         else:
@@ -544,7 +609,7 @@ class Neuron(Timed):
 
     def rule(self, steps: int, constant: bool) -> _Rule:
         """What of these neurons is no tensor, for some steps; `constant` if currents are the same at all of them."""
-        return _Rule(steps, constant, self.strict, self.surrogate, self.to_zero)
+        return _Rule(steps, constant, self.strict, self.surrogate, self.to_zero, self.members)
 
     @property
     def waits(self) -> bool:
@@ -554,7 +619,18 @@ class Neuron(Timed):
     @property
     def resolution(self) -> int:
         """Levels above 0 that T steps tell apart."""
-        return levels_of(self.steps, self.weighted)
+        return levels_of(self.steps, self.weighted, self.members)
+
+    def start(self, theta: Tensor) -> Tensor:
+        """v(0)."""
+        return self.initial * theta / self.members if self.members > 1 else self.initial * theta
+
+    def spikes(self, out: Tensor) -> Tensor:
+        """Numbers of spikes in outputs of these neurons, same shape: 0 and 1, of groups up to M; spikes of -1 count as one, too."""
+        if self.members == 1:
+            return out.ne(0)
+        height = self.height(self.bounded()[0])
+        return torch.where(height == 0, 0.0, out / (height / self.members)).round()
 
     @property
     def first_run(self) -> tuple[str, int] | None:
@@ -599,6 +675,7 @@ class Neuron(Timed):
         theta, initial, leak = (float(value.detach().mean()) for value in (self.threshold, self.initial, self.leak))
         several = f" (mean of {count})" if count > 1 else ""
         kind = "".join(f", {flag}" for flag in ("averaged", "signed", "to_zero", "weighted") if getattr(self, flag))
+        kind += f", members={self.members}" if self.members > 1 else ""
         return f"theta={theta:.4g}{several}, v0={initial:g} theta, leak={leak:g}, steps={self.steps}{kind}"
 
 
@@ -614,6 +691,7 @@ def integrate(
     strict: bool = False,
     signed: bool = False,
     to_zero: bool = False,
+    members: int = 1,
     surrogate: Surrogate | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Integrate-and-fire over all steps: (outputs `[T*B, ...]`, final membrane potential `[B, ...]`).
@@ -629,9 +707,12 @@ def integrate(
         strict: fire at m > theta instead of m >= theta.
         signed: take spikes back, see `NeuronParameters`.
         to_zero: a spike sets the potential to 0, see `NeuronParameters`.
+        members: neurons in a group; `theta` and `amplitude` are those of the whole group.
         surrogate: derivative of the step function for autograd; triangular by default.
     """
-    rule = _Rule(steps, constant, strict, surrogate or Surrogate(), to_zero)
+    rule = _Rule(steps, constant, strict, surrogate or Surrogate(), to_zero, members)
+    if members > 1:
+        return _grouped_scan(current, v, theta, leak, amplitude, rule)
     if signed:
         return _signed_scan(current, v, None, theta, leak, amplitude, rule)[:2]
     return cast(tuple[Tensor, Tensor], _Scan.apply(current, v, theta, leak, amplitude, rule))

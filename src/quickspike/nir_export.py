@@ -101,7 +101,7 @@ def to_nir(snn: SpikingNetwork, reader: str = "nir", initial: Initial = "left ou
     if initial not in get_args(Initial):
         raise OptionError(f"initial must be one of {', '.join(map(repr, get_args(Initial)))}, got {initial!r}")
     rules = reader_of(reader)
-    snn.refuse_weighted("NIR")
+    snn.refuse_levels("NIR")
     network = fold(snn)
     with torch.no_grad():
         ShapeProp(network.network).propagate(torch.zeros(1, *network.input_shape).to(next(network.parameters())))

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from quickspike.conversion import SpikingNetwork
 from quickspike.data import Batches, labelled_batches
 from quickspike.errors import ConversionError, DataError, OptionError
-from quickspike.neuron import AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, Timed
+from quickspike.neuron import AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, Timed, unfold
 from quickspike.operators import ANALOG_LAYERS, FUNCTION_NAMES, NOT_AFFINE, Affine
 
 First = Literal["once", "every step"]
@@ -67,6 +67,8 @@ class Operations:
     first: First
     weighted: bool = False
     """Spikes are weighted by their step."""
+    members: int = 1
+    """Neurons in a group."""
 
     def total(self, field: str) -> float:
         """Sum of a field of `Counts`."""
@@ -88,6 +90,7 @@ class Operations:
         """Plain data."""
         rows = [asdict(row) for row in self.rows]
         about = {"images": self.images, "steps": self.steps, "first": self.first} | ({"weighted": True} if self.weighted else {})
+        about |= {"members": self.members} if self.members > 1 else {}
         return about | {"metrics": self.metrics, "rows": rows}
 
 
@@ -125,7 +128,7 @@ def count_operations(snn: SpikingNetwork, data: Batches, first: First = "once") 
     if images == 0:
         raise DataError("there are no images to count operations on")
     rows = (Counts(name, kind, **{field: value / images for field, value in counts.items()}) for (name, kind), counts in totals.items())
-    return Operations(tuple(rows), images, snn.steps, first, snn.weighted)
+    return Operations(tuple(rows), images, snn.steps, first, snn.weighted, snn.members)
 
 
 class _Signal(NamedTuple):
@@ -219,11 +222,15 @@ class _Counter(fx.Interpreter):
 
     def _neurons(self, n: fx.Node, layer: Neuron, signal: _Signal, value: Tensor) -> _Signal:
         self._arrive(str(n.target), signal.events)
-        events = value.ne(0).float()
+        events = layer.spikes(value.detach()).float()
         leaky = bool(layer.bounded()[1].ne(1).any())
         # Steps that are simulated ahead are updates, too; their spikes go nowhere.
-        updates = float(value.numel()) * (1 + layer.delay / self.snn.steps if layer.first_run else 1)
+        updates = float(value.numel() * layer.members) * (1 + layer.delay / self.snn.steps if layer.first_run else 1)
         self._count(str(n.target), "neurons", updates=updates, leaks=updates if leaky else 0.0, spikes=_sum(events))
+        if layer.members > 1 and self.snn.steps > 1:
+            # A spike takes theta/M from all members; at the last step nobody needs it.
+            before_last = _sum(unfold(events, self.snn.steps)[:-1])
+            self._count(str(n.target), "inhibition", accumulates=before_last * (layer.members - 1))
         return _Signal(events, None, True)
 
     def _arrive(self, name: str, events: Tensor | None) -> None:

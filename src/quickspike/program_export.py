@@ -104,7 +104,11 @@ def cell_of(layer: nn.Module) -> Cell:
         return Cell(layer, {})
     theta, leak = layer.bounded()
     height = layer.amplitude * theta if layer.scaled else layer.amplitude
-    tensors = {"threshold": theta.clone(), "initial": layer.initial * theta}
+    initial = layer.start(theta)
+    if layer.members > 1:
+        # Of the first member; the others have multiples of it.
+        theta, height = theta / layer.members, height / layer.members
+    tensors = {"threshold": theta.clone(), "initial": initial}
     at_threshold = height.shape == theta.shape and torch.equal(height, theta)
     if not bool((leak == 1).all()):
         tensors["leak"] = leak.clone()
@@ -165,6 +169,8 @@ def _neuron(
     for part in parts:
         m = ops.add(part, ops.mul(tensors["leak"], v) if "leak" in tensors else v)
         spikes = ops.reached(m, theta, layer.strict)
+        for member in range(2, layer.members + 1):
+            spikes = ops.add(spikes, ops.reached(m, ops.mul(theta, ops.number(member)), layer.strict))
         if layer.signed:
             # Before the first step there is nothing to take back.
             spikes = spikes if left is None else ops.sub(spikes, _taken_back(ops, m, left))
@@ -387,6 +393,11 @@ def exported(module: fx.GraphModule, replace: Callable[[str, nn.Module], nn.Modu
 
 def facts(snn: SpikingNetwork) -> dict[str, Any]:
     """What every exported file says about its network."""
+    groups = {name: {"members": neuron.members} for name, neuron in snn.neurons().items() if neuron.members > 1}
+    grouped = (
+        ". members: a group of M neurons, threshold, height and v(0) those of the first; s(t) = number of i in 1..M with "
+        "m(t) >= i threshold"
+    )
     return {
         "format": FORMAT,
         "quickspike": __version__,
@@ -397,9 +408,10 @@ def facts(snn: SpikingNetwork) -> dict[str, Any]:
         "rule": "m(t) = leak v(t-1) + current(t); s(t) = 1 if m(t) >= threshold else 0; v(t) = m(t) - threshold s(t); "
         "output(t) = height s(t). strict: m(t) > threshold. signed: s(t) = -1 if m(t) < 0 and the sum of all s before is > 0. "
         "to_zero: v(t) = 0 where s(t) = 1, else m(t). weighted: with w(t) = 2^(T-t)/(2^T - 1) and the mean current z, m(1) = z + "
-        "v(0)/(2^T - 1); s(t) = 1 if m(t) >= w(t) threshold else 0; m(t+1) = m(t) - w(t) threshold s(t); output(t) = T w(t) height s(t)",
+        "v(0)/(2^T - 1); s(t) = 1 if m(t) >= w(t) threshold else 0; m(t+1) = m(t) - w(t) threshold s(t); output(t) = T w(t) height s(t)" + (grouped if groups else ""),
         "neurons": {
             name: {kind: bool(getattr(neuron, kind)) for kind in ("strict", "signed", "averaged", "to_zero", "weighted")}
+            | groups.get(name, {})
             for name, neuron in snn.neurons().items()
         },
     }

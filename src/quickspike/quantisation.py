@@ -121,7 +121,7 @@ def quantise(snn: SpikingNetwork, bits: int = 8, image_bits: int | None = None) 
     if image_bits is not None and (type(image_bits) is not int or not 2 <= image_bits <= 12):
         raise OptionError(f"image_bits must be a whole number in [2, 12], got {image_bits!r}")
     snn.refuse_first_runs("a network in whole numbers")
-    snn.refuse_weighted("a network in whole numbers")
+    snn.refuse_levels("a network in whole numbers")
     signed = [name for name, neuron in snn.neurons().items() if neuron.signed]
     if signed:
         raise OptionError(f"spikes that are bytes have no sign, but {signed[0]} takes spikes back; convert with signed=False")

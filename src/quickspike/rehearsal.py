@@ -62,8 +62,8 @@ class RehearsedNeuron(Neuron):
         super().__init__(parameters, steps, constant_input, surrogate)
         if kind not in ("mask", "shift") or type(rehearsal) is not int or rehearsal < 1:
             raise ConversionError(f"a first run is mask or shift, of 1 step or more, got {kind!r} and {rehearsal!r}")
-        if self.averaged or self.signed or self.to_zero or self.weighted:
-            raise ConversionError("only streaming neurons without signs that reset by subtraction have use for a first run")
+        if self.averaged or self.signed or self.to_zero or self.weighted or self.members > 1:
+            raise ConversionError("only streaming single neurons without signs that reset by subtraction have use for a first run")
         self.kind, self.rehearsal = kind, rehearsal
 
     @property
@@ -172,6 +172,8 @@ def rehearse(snn: SpikingNetwork, kind: Kind, steps: int, who: str) -> None:
         if hindrance:
             way_out = "leave synchronous, weighted and signed out"
             raise OptionError(f"{who} mends what comes of the order of spikes, but {name} {hindrance}, which mends it too; {way_out}")
+        if neuron.members > 1:
+            raise OptionError(f"{who} has no place for groups of neurons ({name}); convert with members=1")
         if neuron.to_zero:
             raise OptionError(f"{who} reads potentials after a reset by subtraction, but {name} resets to 0")
         values = {key: getattr(neuron, key).detach() for key in ("initial", "leak", "amplitude")}

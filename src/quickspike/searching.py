@@ -391,7 +391,7 @@ def _likeness(snn: SpikingNetwork) -> str:
     """The same for two streaming networks that differ in nothing but T."""
     tensors = digest(value for _, value in sorted(snn.state_dict().items()))
     kinds = [
-        (name, neuron.scaled, neuron.strict, neuron.signed, neuron.to_zero, neuron.weighted, neuron.first_run)
+        (name, neuron.scaled, neuron.strict, neuron.signed, neuron.to_zero, neuron.weighted, neuron.members, neuron.first_run)
         for name, neuron in snn.neurons().items()
     ]
     return f"{tensors} {kinds} {snn.code}"

@@ -32,8 +32,8 @@ class Run:
     engine has it after the last step only, and NaN before. Several in tuples, lists and dicts where the source network
     gives several."""
     spikes: Mapping[str, Tensor]
-    """Number of spikes of every neuron in T steps, or until its sample stopped, by site, `[B, ...]`, in the smallest signed
-    type that holds T (int8 up to 127): sums and means of them are right, products with large numbers need a wider one."""
+    """Number of spikes of every neuron, or group of neurons, in T steps, or until its sample stopped, by site, `[B, ...]`, in the
+    smallest signed type that holds T, or T M (int8 up to 127): sums and means of them are right, products with large numbers need a wider one."""
     stopped: Tensor | None = None
     """Steps that each sample took, `[B]`, where samples may stop early; its logits stay as they were then."""
 
@@ -49,7 +49,7 @@ class Run:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Mean spikes per neuron and step, by site, in [0, 1]."""
+        """Mean spikes per neuron and step, by site, in [0, 1]; of groups of M neurons per group, in [0, M]."""
         taken = self.steps if self.stopped is None else float(self.stopped.double().mean())
         return {site: float(counts.double().mean()) / taken for site, counts in self.spikes.items()}
 
@@ -144,15 +144,15 @@ class _Joined:
         return part.new_empty((*part.shape[: self.axis], self.samples, *part.shape[self.axis + 1 :]))
 
 
-def _counts(out: Tensor, steps: int, whole: int) -> Tensor:
-    """Spikes `[B, ...]` in the outputs `[steps*B, ...]`; `whole` is T.
+def _counts(neuron: Neuron, out: Tensor, steps: int) -> Tensor:
+    """Spikes `[B, ...]` in the outputs `[steps*B, ...]`.
 
     Step by step: torch's sum of flags makes 8 bytes of every one of them first.
     """
     slots = unfold(out.detach(), steps)
-    counts = torch.zeros_like(slots[0], dtype=counter_type(whole))
+    counts = torch.zeros_like(slots[0], dtype=counter_type(neuron.steps * neuron.members))
     for slot in slots:
-        counts += slot.ne(0)
+        counts += neuron.spikes(slot).to(counts)
     return counts
 
 
@@ -166,7 +166,7 @@ class _LayerByLayer(fx.Interpreter):
         out = super().call_module(target, args, kwargs)
         layer = self.fetch_attr(target)
         if isinstance(layer, Neuron):
-            self.spikes[target] = out.to(counter_type(self.steps)) if layer.counts else _counts(out, self.steps, self.steps)
+            self.spikes[target] = out.to(counter_type(layer.resolution)) if layer.counts else _counts(layer, out, self.steps)
         return out
 
 
@@ -237,7 +237,7 @@ class _Part(fx.Interpreter):
         # Every timed layer is called by exactly one node, so that its name can key its state.
         out, self.states[target] = layer.scan(args[0], self.states.get(target), self.steps)
         if self.counted and isinstance(layer, Neuron):
-            self.fired[target] = _counts(out, self.steps, self.whole)
+            self.fired[target] = _counts(layer, out, self.steps)
         return out
 
 

@@ -62,19 +62,19 @@ def accelerate(
     if name in ("integer", "count") and not available():
         raise OptionError(f"the {name} engine needs a build of torch with oneDNN (x86-64); take fused")
     if name == "integer":
-        snn.refuse_weighted("the integer engine")
+        snn.refuse_levels("the integer engine")
     if device == "cpu":
         keep_freed_memory()
     network, kept = copy.deepcopy(snn), list[str]()
     if name in ("integer", "count"):
         reasons = dict[str, str]()
         if "weight_bits" not in snn.provenance:
-            # Of weighted spikes, levels: one step each.
+            # Of weighted spikes and of groups, levels: one step each.
             quantised = quantise(snn.rate_coded(), bits)
             network, reasons = quantised.network, dict(entry.split(": ", 1) for entry in quantised.kept)
-            if snn.weighted:
-                for neuron in network.neurons().values():
-                    neuron.weighted = True
+            if network.steps != snn.steps:
+                for site, neuron in network.neurons().items():
+                    neuron.weighted, neuron.members = snn.neuron(site).weighted, snn.neuron(site).members
                 network.set_steps(snn.steps)
         with torch.no_grad():
             ShapeProp(network.network).propagate(torch.zeros(1, *network.input_shape).to(next(network.parameters())))

@@ -44,7 +44,8 @@ def sum_over_steps(snn: SpikingNetwork) -> None:
     """
     steps = snn.resolution
     if steps > MOST:
-        what = f"spikes weighted over {snn.steps} steps, which are {steps} levels" if snn.weighted else str(steps)
+        kind = "spikes weighted" if snn.weighted else f"groups of {snn.members}"
+        what = str(steps) if steps == snn.steps else f"{kind} over {snn.steps} steps, which are {steps} levels"
         raise OptionError(f"the count engine takes at most {MOST} steps, got {what}")
     streaming = [name for name, neuron in snn.neurons().items() if not (neuron.averaged or neuron.constant_input)]
     if streaming:

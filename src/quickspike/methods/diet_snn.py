@@ -140,7 +140,7 @@ def find_thresholds(snn: SpikingNetwork, images: Tensor, steps: int, percentile:
     """Set every threshold of `snn`, in place, in one simulation of `steps` steps.
 
     Each layer is simulated over all steps before the next one, so that the currents of a layer come from spikes of
-    layers whose thresholds are known. Weighted spikes have no weights in it.
+    layers whose thresholds are known. Weighted spikes have no weights in it, and groups are single neurons.
 
     Args:
         snn: its thresholds are overwritten.
@@ -151,15 +151,15 @@ def find_thresholds(snn: SpikingNetwork, images: Tensor, steps: int, percentile:
     """
     parameter = next(snn.parameters())
     own = snn.steps
-    neurons = [neuron for neuron in snn.neurons().values() if neuron.weighted]
-    for neuron in neurons:
-        neuron.weighted = False
+    kinds = [(neuron, neuron.weighted, neuron.members) for neuron in snn.neurons().values()]
+    for neuron, _, _ in kinds:
+        neuron.weighted, neuron.members = False, 1
     snn.set_steps(steps)
     with torch.no_grad():
         _ThresholdFinder(snn, steps, percentile, as_height).run(images.to(parameter))
     snn.set_steps(own)
-    for neuron in neurons:
-        neuron.weighted = True
+    for neuron, weighted, members in kinds:
+        neuron.weighted, neuron.members = weighted, members
 
 
 class _ThresholdFinder(fx.Interpreter):

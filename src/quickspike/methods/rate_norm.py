@@ -268,7 +268,8 @@ def measure_fit(snn: SpikingNetwork, ann: Traced, images: Tensor) -> dict[str, d
     for site in ann.sites:
         layer = layer_at(site, ann.at(site))
         rate = layer.rates(rates.values[site.name])
-        fired = unfold(spikes.values[site.name].ne(0), snn.steps)
+        neuron = snn.neuron(site.name)
+        fired = unfold(neuron.spikes(spikes.values[site.name]) / neuron.members, snn.steps)
         bound = float(omega(rate))
         curve = fit_curve(fired.cumsum(0), rate).tolist()
         found[site.name] = {"curve": curve, "omega": bound, "bound": [bound / t for t in range(1, snn.steps + 1)]}
