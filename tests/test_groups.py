@@ -233,6 +233,36 @@ def test_step_by_step_is_the_same(steps: int, converted: Converted, random_image
         assert 1 < int(spikes.max()) <= 5 * steps
 
 
+def test_a_network_can_be_made_of_groups(converted: Converted, random_images: Images) -> None:
+    images = random_images("residual", 8, seed=3)
+    streaming = converted(name="residual", steps=3, members=1)
+    made = streaming.as_groups(3).with_steps(1)
+    assert (streaming.members, made.members, made.synchronous, made.resolution) == (1, 3, False, 3)
+    weighted = streaming.as_weighted().with_steps(2)
+    with torch.no_grad():
+        for other in (streaming.as_synchronous(), weighted, streaming.as_synchronous().as_groups(3).with_steps(1)):
+            torch.testing.assert_close(made(images), other(images), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(weighted.as_groups(3).with_steps(1)(images), made(images), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(made.as_groups(1)(images), streaming.with_steps(1)(images), rtol=1e-9, atol=1e-9)
+
+
+def test_groups_of_what_has_no_place_are_refused(converted: Converted, random_network: Networks, random_images: Images) -> None:
+    single = converted(members=1, steps=2)
+    for other in (single.as_signed(), single.with_reset("zero")):
+        with pytest.raises(OptionError, match="reset by subtraction and no signs"):
+            other.as_groups(2)
+    for members in (0, MOST_MEMBERS + 1, True, 2.0):
+        with pytest.raises(OptionError, match="members must be a whole number"):
+            single.as_groups(members)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="made for the fused engine"):
+        accelerate(copy.deepcopy(single).float(), "fused").as_groups(2)
+    shifted = qs.convert(
+        random_network("perceptron"), random_images("perceptron", 8), create("potential_init", steps=3) | qs.refinements.OffsetShift()
+    )
+    with pytest.raises(OptionError, match="first steps twice"):
+        shifted.as_groups(2)
+
+
 def test_first_neurons_that_encode_pixels_are_groups_too(random_network: Networks, random_images: Images) -> None:
     images = torch.sigmoid(random_images("chain", 16, seed=1))
     snn = qs.convert(random_network("chain"), images, "rate_encoded", steps=1, encode_input=True, members=4)

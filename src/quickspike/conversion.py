@@ -21,6 +21,7 @@ from quickspike.memory import out_of_memory
 from quickspike.method import Method
 from quickspike.neuron import (
     MAX_STEPS,
+    MOST_MEMBERS,
     MOST_WEIGHTED,
     AccumulatedMaxPool,
     Increment,
@@ -214,6 +215,29 @@ class SpikingNetwork(nn.Module):
             if neuron.signed or neuron.to_zero or neuron.members > 1 or bool((neuron.bounded()[1] != 1).any()):
                 raise OptionError(f"weighted spikes need a reset by subtraction, no signs, no groups and no leak, unlike those of {name}")
             neuron.weighted = True
+        return other
+
+    def as_groups(self, members: int) -> SpikingNetwork:
+        """A copy with groups of so many neurons in place of each one, where nobody waits; see `quickspike.neuron`.
+
+        Thresholds stay as they are; `convert(..., members=M)` fits them for that many levels. What a synchronous network answers
+        in M steps, and one with weighted spikes in T, this one answers in a single step with M, or 2^T - 1, in a group.
+
+        Raises:
+            OptionError: neurons have a first run, take spikes back or are set to 0, there are too many of them in a group, or the network
+                was accelerated.
+        """
+        if "engine" in self.provenance:
+            name = self.provenance["engine"]["name"]
+            raise OptionError(f"this network was made for the {name} engine; take the one that it was made from")
+        if type(members) is not int or not 1 <= members <= MOST_MEMBERS:
+            raise OptionError(f"members must be a whole number in [1, {MOST_MEMBERS}], got {members!r}")
+        self.refuse_first_runs("a network of groups")
+        other = copy.deepcopy(self)
+        for name, neuron in other.neurons().items():
+            if members > 1 and (neuron.signed or neuron.to_zero):
+                raise OptionError(f"groups of neurons need a reset by subtraction and no signs, unlike those of {name}")
+            neuron.weighted, neuron.averaged, neuron.members = False, False, members
         return other
 
     def rate_coded(self) -> SpikingNetwork:

@@ -408,7 +408,8 @@ def facts(snn: SpikingNetwork) -> dict[str, Any]:
         "rule": "m(t) = leak v(t-1) + current(t); s(t) = 1 if m(t) >= threshold else 0; v(t) = m(t) - threshold s(t); "
         "output(t) = height s(t). strict: m(t) > threshold. signed: s(t) = -1 if m(t) < 0 and the sum of all s before is > 0. "
         "to_zero: v(t) = 0 where s(t) = 1, else m(t). weighted: with w(t) = 2^(T-t)/(2^T - 1) and the mean current z, m(1) = z + "
-        "v(0)/(2^T - 1); s(t) = 1 if m(t) >= w(t) threshold else 0; m(t+1) = m(t) - w(t) threshold s(t); output(t) = T w(t) height s(t)" + (grouped if groups else ""),
+        "v(0)/(2^T - 1); s(t) = 1 if m(t) >= w(t) threshold else 0; m(t+1) = m(t) - w(t) threshold s(t); output(t) = T w(t) height s(t)"
+        + (grouped if groups else ""),
         "neurons": {
             name: {kind: bool(getattr(neuron, kind)) for kind in ("strict", "signed", "averaged", "to_zero", "weighted")}
             | groups.get(name, {})

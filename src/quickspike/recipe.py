@@ -28,7 +28,7 @@ from quickspike.files import check_writable, write_text
 from quickspike.graph import Traced, trace
 from quickspike.method import Method, create
 from quickspike.models import is_pretrained, load_model, preprocessing_of, save_weights
-from quickspike.neuron import MAX_STEPS, MOST_WEIGHTED
+from quickspike.neuron import MAX_STEPS, MOST_MEMBERS, MOST_WEIGHTED
 from quickspike.options import options_of
 from quickspike.preprocessing import PREPROCESSING, Preprocessing
 from quickspike.provenance import commit, digest, machine, versions
@@ -75,7 +75,7 @@ class Published:
 class Recipe:
     """One experiment."""
 
-    later: ClassVar[tuple[str, ...]] = ("weights", "weighted")
+    later: ClassVar[tuple[str, ...]] = ("weights", "weighted", "groups")
     """See `Training.later`."""
 
     title: str
@@ -97,6 +97,8 @@ class Recipe:
     """Measure the converted network with neurons that take spikes back, too."""
     weighted: bool = False
     """Measure the converted network with spikes that are weighted by their step, too, at the numbers of steps that these can have."""
+    groups: int = 1
+    """Measure the converted network with groups of so many neurons in place of each one, too; 1 for none."""
     source: Training | None = None
     """Training of the source network with plain ReLU; None: the weights that it starts from go to the method's training."""
     train: Training | None = None
@@ -114,6 +116,8 @@ class Recipe:
         for name, values, low, high in ranges:
             if not values or any(type(value) is not int or not low <= value <= high for value in values) or len(set(values)) < len(values):
                 raise OptionError(f"recipe: {name} must be whole numbers in [{low}, {high}], each once, got {list(values)!r}"[:300])
+        if type(self.groups) is not int or not 1 <= self.groups <= MOST_MEMBERS:
+            raise OptionError(f"recipe: groups in [evaluate] must be a whole number in [1, {MOST_MEMBERS}], got {self.groups!r}"[:300])
         if self.weighted and min(self.steps) > MOST_WEIGHTED:
             raise OptionError(f"recipe: weighted in [evaluate] has at most {MOST_WEIGHTED} steps, and all of steps are more")
         for name, settings in (("train", self.train), ("tune", self.tune)):
@@ -162,7 +166,7 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 CPU = torch.device("cpu")
-STAGES = ("converted", "synchronous", "signed", "weighted", "tuned")
+STAGES = ("converted", "synchronous", "signed", "weighted", "groups", "tuned")
 """Spiking networks of a run, in the order in which they are measured."""
 PREPARED = tuple(field.name for field in dataclasses.fields(Preprocessing))
 """Keys of [data] that say how a picture becomes an input."""
@@ -177,7 +181,7 @@ def _recipe(tables: Mapping[str, Any], text: str) -> Recipe:
     data, method, measure = (_table(name, found) for name, found in _needed(tables))
     refined = method.pop("refinements", ())
     _only(data, ("name", "calibration", *PREPARED), "key of [data]")
-    _only(measure, ("steps", "synchronous", "signed", "weighted"), "key of [evaluate]")
+    _only(measure, ("steps", "synchronous", "signed", "weighted", "groups"), "key of [evaluate]")
     tuning = _table("tune", tables["tune"]) if "tune" in tables else None
     learned = {name: tuning.pop(name) for name in options_of(Tuning) if tuning and name in tuning}
     given = {name: data[name] for name in PREPARED if name in data}
@@ -205,6 +209,7 @@ def _recipe(tables: Mapping[str, Any], text: str) -> Recipe:
         synchronous=measure.get("synchronous", False),
         signed=measure.get("signed", False),
         weighted=measure.get("weighted", False),
+        groups=measure.get("groups", 1),
         source=_settings(Training, _table("source", tables.get("source"))),
         train=_settings(Training, _table("train", tables.get("train"))),
         tune=_settings(Training, tuning),
@@ -420,6 +425,8 @@ class _Seed:
             accuracy["signed"] = self._measured(snn.as_signed())["accuracy"]
         if self.recipe.weighted:
             accuracy["weighted"] = self._measured(snn.as_weighted(), MOST_WEIGHTED)["accuracy"]
+        if self.recipe.groups > 1:
+            accuracy["groups"] = self._measured(snn.as_groups(self.recipe.groups))["accuracy"]
         if self.recipe.tune is not None:
             snn = self._tuned(snn, source)
             report = self._measured(snn)

@@ -33,7 +33,8 @@ class Run:
     gives several."""
     spikes: Mapping[str, Tensor]
     """Number of spikes of every neuron, or group of neurons, in T steps, or until its sample stopped, by site, `[B, ...]`, in the
-    smallest signed type that holds T, or T M (int8 up to 127): sums and means of them are right, products with large numbers need a wider one."""
+    smallest signed type that holds T, or T M (int8 up to 127): sums and means of them are right, products with large numbers
+    need a wider one."""
     stopped: Tensor | None = None
     """Steps that each sample took, `[B]`, where samples may stop early; its logits stay as they were then."""
 
