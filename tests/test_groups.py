@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -394,6 +395,23 @@ def test_onnx_computes_the_same(form: Any, converted: Converted, random_images: 
     if form == "unrolled":
         (name,) = inputs
         np.testing.assert_allclose(session.run(None, {name: images.numpy()})[0], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_training_from_before_there_were_groups_goes_on_without_them(
+    digits_source: nn.Module, digits_calibration: Tensor, digits: DataSet, tmp_path: Path
+) -> None:
+    trainer = Trainer(fabric=make_fabric("cpu"), data=digits, settings=Training(epochs=1), folder=tmp_path)
+    fit(digits_source, ImageStream(digits_calibration), QCFS(steps=1), trainer)
+    (file,) = tmp_path.glob("*.ckpt")
+    state = torch.load(file, weights_only=True)
+    del state["settings"]["qcfs.members"]
+    torch.save(state, file)
+    again = dataclasses.replace(trainer, resume=True)
+    with pytest.raises(CheckpointError, match=r"qcfs\.members=None \(now 2\)"):
+        fit(digits_source, ImageStream(digits_calibration), QCFS(steps=1, members=2), again)
+    with pytest.raises(CheckpointError, match=r"qcfs\.weighted=False \(now True\)"):
+        fit(digits_source, ImageStream(digits_calibration), QCFS(steps=1, weighted=True), again)
+    fit(digits_source, ImageStream(digits_calibration), QCFS(steps=1), again)
 
 
 # What does not go together

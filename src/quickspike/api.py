@@ -222,7 +222,14 @@ def _about(train: Train, *settings: Method | Tuning) -> Train:
     if not isinstance(train, Trainer):
         return train
     about = {f"{one.name}.{key}": value for one in settings for key, value in dataclasses.asdict(one).items()}
-    return dataclasses.replace(train, about=about)
+    # Checkpoints from before an option came know nothing of it, which stands for its being off; off may be a value, as of members.
+    off = {
+        f"{one.name}.{field.name}": None
+        for one in settings
+        for field in dataclasses.fields(one)
+        if field.name in getattr(one, "later", ()) and getattr(one, field.name) == field.default and field.default
+    }
+    return dataclasses.replace(train, about=about | off)
 
 
 def _method(method: str | Method, options: dict[str, Any]) -> Method:
