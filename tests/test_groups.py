@@ -98,6 +98,31 @@ def test_one_neuron_is_no_group() -> None:
     assert torch.equal(layer(currents), plain[0])
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("members", [3, 7, 49, 256])
+def test_what_counts_is_the_comparison(members: int, strict: bool) -> None:
+    """Potentials on, just below and just above every threshold, in single precision, where quotients round across."""
+    generator = torch.Generator().manual_seed(members)
+    for theta in (torch.rand(40, generator=generator) * 3 + 0.01).unbind():
+        thresholds = theta / members * torch.arange(1, members + 1)
+        sides = [thresholds, torch.nextafter(thresholds, torch.zeros(())), torch.nextafter(thresholds, torch.full((), torch.inf))]
+        z = torch.cat([*sides, torch.tensor([-1.0, 0.0, torch.nan, torch.inf, -torch.inf, 1e30])])
+        layer = Neuron(NeuronParameters(theta, scaled=False, amplitude=float(members), strict=strict, members=members), 1, True)
+        wanted = ((z[:, None] > thresholds) if strict else (z[:, None] >= thresholds)).sum(1)
+        assert torch.equal(layer(z), wanted.float())
+
+
+@pytest.mark.parametrize("members", [2, 6])
+def test_triangles_add_up_to_the_plateau(members: int) -> None:
+    u = torch.linspace(-1, members + 2, 101, dtype=F64)
+    whole = sum(Surrogate(scale=1.5).derivative(u - member) for member in range(1, members + 1))
+    m = u.clone().requires_grad_()
+    out, _ = integrate(
+        m, *(torch.tensor(value, dtype=F64) for value in (0.0, members, 1.0, members)), 1, members=members, surrogate=Surrogate(scale=1.5)
+    )
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), m)[0], whole, rtol=0, atol=1e-12)
+
+
 def test_states_go_on_where_they_were() -> None:
     currents = torch.randn(6 * 4, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
     layer = Neuron(NeuronParameters(torch.tensor(1.5, dtype=F64), initial=0.5, leak=0.9, members=3), 6, False)

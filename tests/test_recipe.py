@@ -749,7 +749,9 @@ def test_a_damaged_result_of_a_seed_is_refused(damage: Callable[[str], str], fab
 def test_options_that_came_later_change_no_digest_where_they_are_off(write: Callable[[str], Path]) -> None:
     """Results, checkpoints and shared source networks made before they came are taken up as they are."""
     recipe = read_recipe(write(TEXT))
-    later = r", (every_step=False|weights=None|default_threshold=0\.0|refinements=\(\)|weighted=False|distill_features=0\.0|groups=1|members=1)"
+    later = (
+        r", (every_step=False|weights=None|default_threshold=0\.0|refinements=\(\)|weighted=False|distill_features=0\.0|groups=1|members=1)"
+    )
     assert recipe_module._spelled(recipe) == re.sub(later, "", repr(recipe))
     diet = dataclasses.replace(recipe, method=qs.methods.DietSNN())
     assert "default_threshold" not in recipe_module._spelled(diet)

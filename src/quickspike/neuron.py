@@ -247,10 +247,23 @@ class _Members(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
         (u,) = ctx.saved_tensors
-        slope = torch.zeros_like(u)
-        for member in range(1, ctx.rule.members + 1):
-            slope += ctx.rule.surrogate.derivative(u - member)
+        members, surrogate = ctx.rule.members, ctx.rule.surrogate
+        if surrogate.shape == "triangular" and surrogate.width == 1:
+            # These triangles add up to a plateau from the first jump to the last.
+            slope = torch.minimum(u, members + 1 - u).clamp_(0, 1).mul_(surrogate.scale)
+        else:
+            slope = torch.zeros_like(u)
+            for member in range(1, members + 1):
+                slope += surrogate.derivative(u - member)
         return None, gradients[0] * slope, None
+
+
+def _fired_members(m: Tensor, unit: Tensor, rule: _Rule) -> Tensor:
+    """How many of the thresholds unit, 2 unit .. M unit the potentials `m` reach."""
+    spikes = (m / unit).floor_().clamp_(0, rule.members).nan_to_num_(0.0)
+    # A quotient may be rounded over a threshold: what counts is the comparison, one level up and one level down.
+    spikes += (rule.fire(m, unit * (spikes + 1)) & (spikes < rule.members)).to(spikes)
+    return spikes - (~rule.fire(m, unit * spikes) & (spikes > 0)).to(spikes)
 
 
 def _grouped_scan(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, amplitude: Tensor, rule: _Rule) -> tuple[Tensor, Tensor]:
@@ -261,13 +274,11 @@ def _grouped_scan(current: Tensor, v: Tensor, theta: Tensor, leak: Tensor, ampli
     outputs: list[Tensor] = []
     for x in inputs:
         m = x.to(dtype) + leak * v.to(dtype)
-        spikes = torch.zeros_like(m)
-        for member in range(1, rule.members + 1):
-            spikes += rule.fire(m, unit.detach() * member)
+        spikes = _fired_members(m.detach(), unit.detach(), rule)
         outputs.append((cast(Tensor, _Members.apply(spikes, m / unit, rule)) * height + 0.0).to(current.dtype))
         # No gradient flows through the indicators of the reset.
-        v = torch.addcmul(m, unit, spikes.detach(), value=-1)
-    return torch.cat(outputs), v
+        v = torch.addcmul(m, unit, spikes, value=-1)
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0], v
 
 
 class _Weighted(torch.autograd.Function):
