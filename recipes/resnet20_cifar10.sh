@@ -6,7 +6,7 @@
 # MODEL.py:FACTORY builds the network (16/32/64 channels, input normalised by the ImageNet mean and deviation), WEIGHTS
 # is its state dict, CIFAR10.npz holds train_images, train_labels, test_images, test_labels as uint8.
 # Calibration: the first 1,000 training images. A run that was stopped goes on where it stopped. The first three take about
-# 35 minutes on two CPU cores; METHODS="..." runs some only, STEPS="..." other T.
+# 35 minutes on two CPU cores; METHODS="..." runs some only, STEPS="..." other T; groups4_weights, groups8_weights .. run where METHODS names them.
 set -euo pipefail
 model=$1 weights=$2 data=npz:$3 out=${4:-runs/resnet20_cifar10}
 quickspike=${QUICKSPIKE:-.venv/bin/quickspike}
@@ -14,7 +14,7 @@ statistics=(--mean 0.485 0.456 0.406 --std 0.229 0.224 0.225)
 mkdir -p "$out"
 
 # What `convert` is given for a column's method. streaming: plain integrate-and-fire; signed: neurons take spikes back; synchronous: layers wait for
-# whole windows; weighted: likewise, and the spike of step t counts 2^(T-t) times as much as the last.
+# whole windows; weighted: likewise, and the spike of step t counts 2^(T-t) times as much as the last; groups*: that many neurons in place of one.
 options_of() { # METHOD STEPS
     # The factor was chosen on training images 2000 to 2599, which calibrate nothing: 1 is better at T = 4, 0.85 at T = 8 and 32; T = 16 follows.
     local scale=1
@@ -43,6 +43,13 @@ options_of() { # METHOD STEPS
     # 2^T levels in T steps; more than 8 of these change nothing that 10,000 images show.
     weighted) echo --method threshold_balancing --weighted ;;
     weighted_bias) echo --method threshold_balancing --weighted --refine bias_correction ;;
+    # Groups of M neurons: M + 1 levels in one step. As with synchronous layers of M steps, from 8 levels on the lower rate.
+    groups*_weights)
+        local members=${1#groups} slow=0.001
+        members=${members%_weights}
+        [ $((members * $2)) -lt 8 ] || slow=0.0001
+        echo --method threshold_balancing --members "$members" --refine "weight_calibration:reach=network,learning_rate=$slow"
+        ;;
     offset_shift) echo --method threshold_balancing --refine offset_shift bias_correction ;;
     *) echo "no such column: $1" >&2 && return 2 ;;
     esac
