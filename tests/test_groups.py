@@ -30,6 +30,7 @@ from quickspike.neuron import MOST_MEMBERS, Neuron, NeuronParameters, Surrogate,
 from quickspike.nir_export import to_nir
 from quickspike.operations import count_operations
 from quickspike.program_export import to_program
+from quickspike.refinement import refinements_of
 from quickspike.simulation import simulate
 from quickspike.training import Trainer, Training
 
@@ -91,8 +92,8 @@ def test_members_share_a_potential(steps: int, members: int, half: int, strict: 
 def test_one_neuron_is_no_group() -> None:
     """The loop over members with M = 1 gives what integrate-and-fire gives."""
     currents = torch.randn(40, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
-    arguments = (currents, *(torch.tensor(value, dtype=F64) for value in (0.5, 1.0, 0.9, 1.0)), 4)
-    plain, group = integrate(*arguments), integrate(*arguments, members=2)
+    v, theta, leak, amplitude = (torch.tensor(value, dtype=F64) for value in (0.5, 1.0, 0.9, 1.0))
+    plain, group = (integrate(currents, v, theta, leak, amplitude, 4, members=members) for members in (1, 2))
     assert not torch.equal(plain[0], group[0])
     layer = Neuron(NeuronParameters(torch.tensor(1.0, dtype=F64), initial=0.5, leak=0.9), 4, False)
     assert torch.equal(layer(currents), plain[0])
@@ -115,11 +116,10 @@ def test_what_counts_is_the_comparison(members: int, strict: bool) -> None:
 @pytest.mark.parametrize("members", [2, 6])
 def test_triangles_add_up_to_the_plateau(members: int) -> None:
     u = torch.linspace(-1, members + 2, 101, dtype=F64)
-    whole = sum(Surrogate(scale=1.5).derivative(u - member) for member in range(1, members + 1))
+    whole = torch.stack([Surrogate(scale=1.5).derivative(u - member) for member in range(1, members + 1)]).sum(0)
     m = u.clone().requires_grad_()
-    out, _ = integrate(
-        m, *(torch.tensor(value, dtype=F64) for value in (0.0, members, 1.0, members)), 1, members=members, surrogate=Surrogate(scale=1.5)
-    )
+    v, theta, leak, amplitude = (torch.tensor(value, dtype=F64) for value in (0.0, members, 1.0, members))
+    out, _ = integrate(m, v, theta, leak, amplitude, 1, members=members, surrogate=Surrogate(scale=1.5))
     torch.testing.assert_close(torch.autograd.grad(out.sum(), m)[0], whole, rtol=0, atol=1e-12)
 
 
@@ -157,7 +157,7 @@ def test_gradients_to_everything_are_those_of_a_smooth_staircase() -> None:
     found = torch.autograd.grad(out.sum(), (theta, initial, amplitude))
     unit = theta.detach() / members
     u = (z + 0.5 * unit) / unit
-    slope = sum(surrogate.derivative(u - member) for member in range(1, members + 1)) * 1.5 / members
+    slope = torch.stack([surrogate.derivative(u - member) for member in range(1, members + 1)]).sum(0) * 1.5 / members
     assert float(found[0]) == pytest.approx(float((slope * -z / unit / 1.2).sum()))
     assert float(found[1]) == pytest.approx(float(slope.sum()))
     assert float(found[2]) == pytest.approx(float(out.detach().sum() / 1.5))
@@ -325,14 +325,13 @@ def test_tuning_learns_weights_and_thresholds(digits_source: nn.Module, digits_c
 
 @pytest.mark.parametrize(
     "refinement",
-    [qs.refinements.BiasCorrection(), qs.refinements.PotentialCorrection(granularity="channel"), None],
-    ids=["bias", "potential", "weights"],
+    ["bias_correction", "potential_correction:granularity=channel", "weight_calibration:reach=network,iterations=40,learning_rate=0.001"],
 )
-def test_refinements_bring_it_closer(refinement: Any, random_network: Networks, random_images: Images) -> None:
+def test_refinements_bring_it_closer(refinement: str, random_network: Networks, random_images: Images) -> None:
     network, images = random_network("chain", seed=3), random_images("chain", 64, seed=4)
-    refinement = refinement or qs.refinements.WeightCalibration(reach="network", iterations=40, learning_rate=1e-3)
     method = create("threshold_balancing", steps=1, members=3)
-    plain, refined = (qs.convert(network, images, one) for one in (method, method | refinement))
+    refined_method = dataclasses.replace(method, refinements=refinements_of([refinement]))
+    plain, refined = (qs.convert(network, images, one) for one in (method, refined_method))
     with torch.no_grad():
         wanted = network(images)
         before, after = (float((snn(images) - wanted).square().mean()) for snn in (plain, refined))
@@ -437,6 +436,15 @@ def test_a_training_from_before_there_were_groups_goes_on_without_them(
     with pytest.raises(CheckpointError, match=r"qcfs\.weighted=False \(now True\)"):
         fit(digits_source, ImageStream(digits_calibration), QCFS(steps=1, weighted=True), again)
     fit(digits_source, ImageStream(digits_calibration), QCFS(steps=1), again)
+
+
+def test_auto_takes_groups_where_they_are_allowed(digits_source: nn.Module, digits_calibration: Tensor) -> None:
+    snn = qs.convert(digits_source, digits_calibration[:60], "auto", steps=1, members=8)
+    assert (snn.members, snn.steps) == (8, 1)
+    assert any("members=8" in attempt["what"] for attempt in snn.provenance["chosen"]["attempts"])
+    plain = qs.convert(digits_source, digits_calibration[:60], "auto", steps=1)
+    assert plain.members == 1
+    assert any("grouped neurons" in reason for reason in plain.provenance["chosen"]["reasons"])
 
 
 # What does not go together

@@ -7,7 +7,8 @@ whose sum is the error, element by element:
     inherited      act(z at the place that wins the max-pooling without spikes) - act(z without spikes)
     max-pooling    act(z) - act(z at that place): the pool takes the largest of values that err in both directions
     clipping       min(act(z), ceiling) - act(z): nothing above the ceiling can be expressed
-    quantisation   staircase(z) - min(act(z), ceiling): what the neuron gives for the constant current z, T + 1 levels (2^T weighted)
+    quantisation   staircase(z) - min(act(z), ceiling): what the neuron gives for the constant current z, T + 1 levels (2^T weighted,
+                   T M + 1 in groups of M)
     unevenness     integrate-and-fire of the currents as they came - staircase(z): they came in another order than evenly
     neuron         output - that: what a neuron does that is not integrating, firing and subtracting theta; else 0
 

@@ -31,7 +31,7 @@ from quickspike.errors import DataError, OptionError
 from quickspike.evaluation import evaluate, make_fabric
 from quickspike.graph import Traced
 from quickspike.method import Method, create
-from quickspike.neuron import MAX_STEPS, MOST_WEIGHTED
+from quickspike.neuron import MAX_STEPS, MOST_MEMBERS, MOST_WEIGHTED
 from quickspike.options import option, validate
 from quickspike.piecewise import PIECES
 from quickspike.refinement import refinements_of
@@ -63,6 +63,12 @@ class Auto:
     signed: bool = option(False, "neurons may take spikes back, for hardware with spikes of -1")
     weighted: bool = option(
         False, "spikes may be weighted by their step, 2^T levels in T steps: layers wait as with synchronous; for hardware that shifts"
+    )
+    members: int = option(
+        1,
+        "neurons may stand in groups of so many: as many levels in every step, nobody waits, so many times the neurons",
+        low=1,
+        high=MOST_MEMBERS,
     )
     max_minutes: float = option(0.0, "begin nothing new after so long; 0 for no end", unit="minutes", low=0, high=1e6)
 
@@ -189,7 +195,8 @@ class _Rounds:
 
     def _scaled(self, ann: Traced, stream: ImageStream) -> _Best:
         """Kind of neuron and factor on the ceilings."""
-        kinds = ["plain", *(kind for kind in KINDS if getattr(self.auto, kind))]
+        allowed = {kind: bool(getattr(self.auto, kind)) for kind in KINDS} | {"grouped": self.auto.members > 1}
+        kinds = ["plain", *(kind for kind, is_allowed in allowed.items() if is_allowed)]
         found = dict[str, _Best]()
         for kind, scale in itertools.product(kinds, SCALES):
             if found and self._is_late():
@@ -200,7 +207,7 @@ class _Rounds:
         best = self._better(*found.values())
         figures = ", ".join(f"{kind} {one.attempt.measured:.1f}" for kind, one in found.items())
         self.reasons.append(f"neurons and ceilings: {best.attempt.what} (best of each kind in %: {figures})")
-        left_out = [f"{kind} neurons" for kind in KINDS if kind not in kinds]
+        left_out = [f"{kind} neurons" for kind in allowed if kind not in kinds]
         if left_out:
             self.reasons.append(f"not tried, since not allowed: {', '.join(left_out)}")
         return best
@@ -229,7 +236,7 @@ class _Rounds:
         if trainer is None:
             self.reasons.append("nothing was trained: no labelled images were given")
             return start
-        same = {kind: getattr(start.method, kind) for kind in KINDS}
+        same = {kind: getattr(start.method, kind) for kind in (*KINDS, "members")}
         staircase = create("qcfs", steps=self.auto.steps, levels=start.method.resolution, **same)
         best = self._better(start, *self._from_source(staircase, trainer))
         best = self._better(best, *self._tuned(best, trainer))
@@ -320,7 +327,8 @@ class _Rounds:
         return value if self.trainer is None else float(self.trainer.fabric.broadcast(value))
 
     def _method(self, scale: float, kind: str) -> Method:
-        return create("threshold_balancing", steps=self.auto.steps, scale=scale, **{one: one == kind for one in KINDS})
+        options: dict[str, Any] = {one: one == kind for one in KINDS} | {"members": self.auto.members if kind == "grouped" else 1}
+        return create("threshold_balancing", steps=self.auto.steps, scale=scale, **options)
 
 
 def _held_out(batches: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -312,8 +312,8 @@ def _errors(entry: Entry, key: str) -> str:
     note = (
         f"<p class=note>After T = {found.steps}, mean of {found.images} images. Bars add up to the error of a site; a part to the left "
         "cancels others. <b>Inherited</b> comes from the layers before, <b>clipping</b> is what lies above the ceiling, "
-        "<b>quantisation</b> is T + 1 levels (2^T of weighted spikes), <b>unevenness</b> the order of spikes, <b>max-pooling</b> that the "
-        "largest of values which err in both directions is too large.</p>"
+        "<b>quantisation</b> is T + 1 levels (2^T of weighted spikes, T M + 1 of groups of M neurons), <b>unevenness</b> the order of "
+        "spikes, <b>max-pooling</b> that the largest of values which err in both directions is too large.</p>"
     )
     advice = f"<ul>{items}</ul>" if items else "<p>No site needs attention.</p>"
     return _section("Where the error comes from", picture, note, advice, _joins(found))
