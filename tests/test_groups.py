@@ -289,6 +289,60 @@ def test_groups_of_what_has_no_place_are_refused(converted: Converted, random_ne
         shifted.as_groups(2)
 
 
+@every_method
+@pytest.mark.parametrize("name", NAMES)
+def test_in_one_step_members_are_single_neurons(method: str, name: str, converted: Converted, random_images: Images) -> None:
+    snn, images = converted(method, name), random_images(name, 8, seed=2)
+    single = snn.as_single_neurons()
+    assert (single.members, single.steps, len(single.sites)) == (1, 1, 5 * len(snn.sites))
+    with torch.no_grad():
+        torch.testing.assert_close(single(images), snn(images), rtol=1e-9, atol=1e-9)
+    run, other = snn.run(images), single.run(images)
+    for number, site in enumerate(snn.sites):
+        members = [other.spikes[one.name] for one in single.sites[5 * number : 5 * number + 5]]
+        assert torch.equal(sum(members), run.spikes[site.name])
+        # A higher threshold is reached less often.
+        assert all(bool((low >= high).all()) for low, high in itertools.pairwise(members))
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "concat"])
+def test_single_neurons_go_everywhere(name: str, random_network: Networks, random_images: Images, tmp_path: Path) -> None:
+    network, images = random_network(name).float(), random_images(name, 8, seed=2).float()
+    snn = qs.convert(network, images, "potential_init", steps=1, members=3)
+    single = snn.as_single_neurons()
+    single.save(tmp_path / "network.safetensors")
+    with torch.no_grad():
+        wanted = single(images)
+        assert torch.equal(qs.load(tmp_path / "network.safetensors")(images), wanted)
+        torch.testing.assert_close(single.fold()(images), wanted, rtol=1e-4, atol=1e-4)
+        fast = accelerate(single, "integer")
+        torch.testing.assert_close(fast(images), qs.quantise(single).network(images), rtol=1e-5, atol=1e-5)
+    found, groups = (count_operations(one, [images]) for one in (single, snn))
+    for field in ("spikes", "updates", "multiplies"):
+        assert found.total(field) == groups.total(field)
+    assert found.total("accumulates") == pytest.approx(groups.total("accumulates"))
+
+
+def test_nir_holds_members_as_neurons(random_network: Networks, random_images: Images, tmp_path: Path) -> None:
+    pytest.importorskip("nir")
+    from quickspike.nir_export import export_nir
+    from quickspike.nir_import import load_nir
+
+    network, images = random_network("residual").float(), random_images("residual", 8, seed=2).float()
+    snn = qs.convert(network, images, "potential_init", steps=1, members=3)
+    exported = export_nir(snn, tmp_path / "network.nir")
+    assert sum(type(node).__name__ == "IF" for node in exported.graph.nodes.values()) == 3 * len(snn.sites)
+    with torch.no_grad():
+        torch.testing.assert_close(load_nir(tmp_path / "network.nir")(images), snn(images), rtol=1e-4, atol=1e-4)
+
+
+def test_members_that_inhibit_one_another_are_no_single_neurons(converted: Converted) -> None:
+    with pytest.raises(OptionError, match="inhibit one another from the second step on"):
+        converted(steps=3).as_single_neurons()
+    plain = converted(members=1, steps=3)
+    assert plain.as_single_neurons().sites == plain.sites
+
+
 def test_first_neurons_that_encode_pixels_are_groups_too(random_network: Networks, random_images: Images) -> None:
     images = torch.sigmoid(random_images("chain", 16, seed=1))
     snn = qs.convert(random_network("chain"), images, "rate_encoded", steps=1, encode_input=True, members=4)
@@ -474,11 +528,12 @@ REFUSED: dict[str, Callable[[qs.SpikingNetwork], object]] = {
 
 @pytest.mark.parametrize("what", sorted(REFUSED))
 def test_refused_by_name_with_a_way_out(what: str, converted: Converted) -> None:
-    snn = copy.deepcopy(converted()).float()
-    with pytest.raises(OptionError, match=r"groups of neurons.*rate_coded\(\)"):
+    snn = copy.deepcopy(converted(steps=2)).float()
+    with pytest.raises(OptionError, match=r"groups of neurons.*as_single_neurons\(\).*rate_coded\(\)"):
         REFUSED[what](snn)
     if what in ("fold", "quantise", "integer"):
-        REFUSED[what](snn.rate_coded())
+        for other in (copy.deepcopy(converted()).float().rate_coded(), snn.with_steps(1).as_single_neurons()):
+            REFUSED[what](other)
 
 
 def test_weighing_the_spikes_of_groups_is_refused(converted: Converted) -> None:

@@ -184,7 +184,8 @@ class SpikingNetwork(nn.Module):
             if neuron.weighted:
                 raise OptionError(f"{what} has no place for spikes that are weighted by their step ({name}); take snn.rate_coded()")
             if neuron.members > 1:
-                raise OptionError(f"{what} has no place for groups of neurons ({name}); take snn.rate_coded(), or convert with members=1")
+                way_out = "snn.as_single_neurons() at T = 1, snn.rate_coded(), or convert with members=1"
+                raise OptionError(f"{what} has no place for groups of neurons ({name}); take {way_out}")
 
     def as_synchronous(self) -> SpikingNetwork:
         """A copy whose layers wait for the whole window of the one before; neurons that turn pixels into spikes do not.
@@ -239,6 +240,18 @@ class SpikingNetwork(nn.Module):
                 raise OptionError(f"groups of neurons need a reset by subtraction and no signs, unlike those of {name}")
             neuron.weighted, neuron.averaged, neuron.members = False, False, members
         return other
+
+    def as_single_neurons(self) -> SpikingNetwork:
+        """A copy whose groups are as many neurons, at sites of their own, with the same answers up to rounding; T = 1.
+
+        For whatever knows no groups: it can be folded, quantised, exported as NIR and run by the integer engine.
+
+        Raises:
+            OptionError: T is larger, where members of a group inhibit one another.
+        """
+        from quickspike.groups import spread
+
+        return spread(self)
 
     def rate_coded(self) -> SpikingNetwork:
         """A copy without weighted spikes and groups of neurons, with the same answers up to rounding.
