@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import quickspike as qs
 from quickspike.anatomy import anatomy_of
 from quickspike.api import finish, fit, tune
+from quickspike.claims import CLAIMS
 from quickspike.data import DataSet, ImageStream
 from quickspike.energy import energy_of
 from quickspike.engines import accelerate
@@ -429,6 +430,10 @@ def test_operations_count_every_member(steps: int, converted: Converted, random_
         assert found.total("accumulates") == pytest.approx(plain.total("accumulates"))
         assert found.total("updates") == plain.total("updates")
         assert "members" not in plain.to_json()
+        # The papers' formulas count the connections of the source network, whoever brings the spikes.
+        for claim in CLAIMS.values():
+            if claim.filled_in is not None:
+                assert claim.filled_in(found) == pytest.approx(claim.filled_in(plain))
         assert not [note for note in energy_of(plain).caveats if "groups" in note]
     assert found.to_json()["members"] == 5
     assert len([note for note in energy_of(found).caveats if "groups of 5" in note]) == 1

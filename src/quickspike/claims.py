@@ -67,7 +67,8 @@ def relative_spikes(spikes: float, reference: float) -> float:
 
 
 def _by_neurons(operations: Operations) -> float:
-    neurons = operations.total("updates") / operations.steps
+    # Per neuron of the source network, whose connections the formula counts; a group stands for one of them.
+    neurons = operations.total("updates") / operations.steps / operations.members
     return energy_ratio(_first_share(operations), operations.total("spikes") / neurons if neurons else 0.0)
 
 
