@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from torch import Tensor, nn
 
 import quickspike as qs
@@ -30,8 +31,10 @@ from quickspike.methods.qcfs import QCFS, quantise
 from quickspike.neuron import MOST_MEMBERS, Neuron, NeuronParameters, Surrogate, integrate
 from quickspike.nir_export import to_nir
 from quickspike.operations import count_operations
+from quickspike.page import Entry, write_page
 from quickspike.program_export import to_program
 from quickspike.refinement import refinements_of
+from quickspike.report import compare_table, report_tables
 from quickspike.simulation import simulate
 from quickspike.training import Trainer, Training
 
@@ -437,6 +440,25 @@ def test_operations_count_every_member(steps: int, converted: Converted, random_
         assert not [note for note in energy_of(plain).caveats if "groups" in note]
     assert found.to_json()["members"] == 5
     assert len([note for note in energy_of(found).caveats if "groups of 5" in note]) == 1
+
+
+def test_reports_tell_of_groups(converted: Converted, random_images: Images, tmp_path: Path) -> None:
+    snn, images = converted(), random_images("chain", 8, seed=6)
+    data = [(images, torch.zeros(8, dtype=torch.long))]
+    report, plain = (qs.evaluate(one, data, steps=(1,), device="cpu") for one in (snn, converted(members=1)))
+    assert (report.members, report.to_json()["members"]) == (5, 5)
+    assert "members" not in plain.to_json()
+    write_page(tmp_path / "page.html", "A page", [Entry("grouped", report, snn)])
+    assert "with groups of 5 neurons in place of single ones" in (tmp_path / "page.html").read_text()
+    told = {}
+    for name, one in (("groups", report), ("plain", plain)):
+        console = Console(record=True, width=120)
+        console.print(report_tables(one), compare_table({name: {1: one}}))
+        told[name] = " ".join(console.export_text().split())
+    assert all(
+        text in told["groups"] for text in ("groups of 5 neurons in place of single ones", "spikes per group", "groups: groups of 5")
+    )
+    assert "groups" not in told["plain"]
 
 
 @pytest.mark.parametrize("steps", [1, 3])

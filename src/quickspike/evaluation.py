@@ -54,7 +54,7 @@ class Report:
     agreement: dict[int, float]
     """Share of labels on which spiking and source network choose the same class; empty without a reference or labels."""
     rates: dict[str, float]
-    """Mean spikes per neuron and step at each site over the whole run, in [0, 1]."""
+    """Mean spikes per neuron, or group of M, and step at each site over the whole run, in [0, 1], or [0, M]."""
     latency: dict[int, int]
     """Steps until the answer is there: T itself, or more where layers wait for steps of those before (depth x T for whole windows)."""
     method: dict[str, Any]
@@ -67,6 +67,8 @@ class Report:
     root mean square; of several outputs the one that is farthest off. Empty without a reference."""
     anatomy: Anatomy | None = None
     """The conversion error of every site and what it consists of; None unless it was asked for."""
+    members: int = 1
+    """Neurons in the group that stands in place of one of the source network's; 1 for plain neurons."""
 
     @property
     def layers(self) -> dict[str, SiteAnatomy]:
@@ -87,6 +89,8 @@ class Report:
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
         for name in ("accuracy", "agreement", "latency", "deviation"):
             data[name] = {str(step): value for step, value in data[name].items()}
+        if self.members == 1:
+            del data["members"]
         if self.anatomy is None:
             del data["anatomy"]
         else:
@@ -414,4 +418,5 @@ class _Tally:
             seconds=seconds,
             settings=settings,
             deviation={} if self.source is None else percent(away, 1),
+            members=snn.members,
         )

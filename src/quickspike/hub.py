@@ -537,6 +537,8 @@ qs.save_pretrained(snn, folder, report)"""
         rows.append(["source network", f"{report.reference_accuracy:.2f}", *[""] * (len(columns) - 1)])
     of = f" of {_code(about.dataset)}" if about.dataset else ""
     parts = ["## Accuracy", f"Measured on {report.samples} images{of}, after each number of time steps T."]
+    if report.members > 1:
+        parts.append(f"With groups of {report.members} neurons in place of single ones.")
     if picture:
         parts.append(f"![accuracy against T]({PICTURE})")
     parts += [_table(["", *columns], rows), _explained(columns)]

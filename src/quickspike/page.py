@@ -154,6 +154,8 @@ def _lead(entries: Sequence[Entry]) -> str:
     text = f"{best.name} answers {report.accuracy[steps]:.2f} % of {report.samples:,} images right after {steps} time steps"
     if report.latency[steps] > steps:
         text += f" (latency {report.latency[steps]}, since layers wait for whole windows)"
+    if report.members > 1:
+        text += f", with groups of {report.members} neurons in place of single ones"
     return text + ("." if report.reference_accuracy is None else f"; its source network {report.reference_accuracy:.2f} %.")
 
 

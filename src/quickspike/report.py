@@ -43,6 +43,8 @@ def accuracy_table(reports: Mapping[str, Report]) -> Table:
 def report_tables(report: Report) -> RenderableType:
     """Accuracy, which engine ran, distance from the source network, and firing rate of every site."""
     parts: list[RenderableType] = [accuracy_table({label(report.method): report})] if report.accuracy else []
+    if report.members > 1:
+        parts.append(Text(f"groups of {report.members} neurons in place of single ones"))
     parts.append(Text(report.engine))
     if report.agreement:
         shares = ", ".join(f"T = {step}: {share:.2f} %" for step, share in report.agreement.items())
@@ -50,7 +52,7 @@ def report_tables(report: Report) -> RenderableType:
     if report.deviation:
         distances = ", ".join(f"T = {step}: {distance:.1f} %" for step, distance in report.deviation.items())
         parts.append(Text(f"off what the source network gives (root mean square): {distances}"))
-    table = Table(title="spikes per neuron and step", min_width=32)
+    table = Table(title=f"spikes per {'neuron' if report.members == 1 else 'group'} and step", min_width=32)
     table.add_column("site", overflow="fold")
     table.add_column("rate", justify="right")
     for site, rate in report.rates.items():
@@ -233,12 +235,15 @@ def compare_table(reports: Mapping[str, Mapping[int, Report]]) -> Table:
     for step in next(iter(reports.values())):
         table.add_column(f"T = {step}", justify="right")
     waits = False
+    notes = list[str]()
     for name, found in reports.items():
         waits |= any(report.latency[step] > step for step, report in found.items())
         cells = (f"{report.accuracy[step]:.2f}{'*' if report.latency[step] > step else ''}" for step, report in found.items())
         table.add_row(name, *cells)
+        notes += [f"{name}: groups of {members} neurons" for members in {report.members for report in found.values()} if members > 1]
     if waits:
-        table.caption = "* layers wait for whole windows: the answer takes depth x T steps"
+        notes.insert(0, "* layers wait for whole windows: the answer takes depth x T steps")
+    table.caption = "\n".join(notes) or None
     return table
 
 
