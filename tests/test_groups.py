@@ -173,9 +173,9 @@ def test_groups_of_other_neurons_are_refused(options: dict[str, Any]) -> None:
         NeuronParameters(torch.ones(()), members=2, **options)
 
 
-@pytest.mark.parametrize("members", [0, MOST_MEMBERS + 1])
-def test_groups_of_no_neuron_and_of_too_many_are_refused(members: int) -> None:
-    with pytest.raises(ConversionError, match=f"1 to {MOST_MEMBERS} neurons, got {members}"):
+@pytest.mark.parametrize("members", [0, MOST_MEMBERS + 1, 2.0, True, "2"])
+def test_groups_of_no_neuron_and_of_too_many_are_refused(members: Any) -> None:
+    with pytest.raises(ConversionError, match=f"1 to {MOST_MEMBERS} neurons, got {members!r}"):
         NeuronParameters(torch.ones(()), members=members)
 
 
@@ -366,7 +366,7 @@ def test_files_keep_the_groups(converted: Converted, random_images: Images, tmp_
     with torch.no_grad():
         assert torch.equal(loaded(images), snn(images))
     whole = path.read_bytes()
-    for wrong in (b'\\"members\\": 0', b'\\"members\\": -'):
+    for wrong in (b'\\"members\\": 0', b'\\"members\\": -', b'\\"members\\":""'):
         path.write_bytes(whole.replace(b'\\"members\\": 5', wrong))
         with pytest.raises(CheckpointError):
             qs.load(path)

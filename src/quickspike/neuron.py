@@ -442,8 +442,8 @@ class NeuronParameters:
         leak = torch.as_tensor(self.leak)
         if self.weighted and (self.signed or self.to_zero or bool((leak != 1).any())):
             raise ConversionError("weighted spikes need a reset by subtraction, no signs and no leak")
-        if not 1 <= self.members <= MOST_MEMBERS:
-            raise ConversionError(f"a group has 1 to {MOST_MEMBERS} neurons, got {self.members}")
+        if type(self.members) is not int or not 1 <= self.members <= MOST_MEMBERS:
+            raise ConversionError(f"a group has 1 to {MOST_MEMBERS} neurons, got {self.members!r}"[:300])
         if self.members > 1 and (self.signed or self.to_zero or self.weighted):
             raise ConversionError("groups of neurons need a reset by subtraction, no signs and no weights of spikes")
         if bool((self.threshold < 0).any()):
