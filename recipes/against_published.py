@@ -29,6 +29,7 @@ NAMES = {
     "hybrid_conversion": "hybrid",
     "optimal_conversion": "OC",
     "qcfs": "QCFS",
+    "polarity_multi_spike": "PMSM",
 }
 """Methods in a narrow table."""
 Figures = Mapping[int, str]
@@ -43,7 +44,7 @@ def published() -> list[dict[str, Any]]:
 def converted(wanted: Callable[[dict[str, Any], list[str]], bool]) -> Figures:
     """The ResNet-20 checkpoint, no training: by T, of the reports that `wanted` takes by their options and refinements."""
     found: dict[int, str] = {}
-    for name in ("resnet20_cifar10.json", *(f"resnet20_cifar10_{kind}.json" for kind in ("signed", "refined", "weighted"))):
+    for name in ("resnet20_cifar10.json", *(f"resnet20_cifar10_{kind}.json" for kind in ("signed", "refined", "weighted", "groups"))):
         for report in json.loads((RESULTS / name).read_text(encoding="utf-8")):
             method = report["method"]
             refinements = [one["name"] for one in method.get("refinements", ())]
@@ -82,6 +83,11 @@ def weighted(options: dict[str, Any], refinements: list[str]) -> bool:
     return bool(options.get("weighted")) and refinements in ([], ["bias_correction"])
 
 
+def groups_of_four(options: dict[str, Any], refinements: list[str]) -> bool:
+    """Groups of four neurons in place of each one, with calibrated weights: an answer after T steps."""
+    return options.get("members") == 4 and refinements == ["weight_calibration"]
+
+
 def cell(figures: list[dict[str, Any]]) -> str:
     """Published figures, best first, by method."""
     by_method: dict[str, list[str]] = {}
@@ -96,9 +102,11 @@ def table() -> str:
         "ours, no training, after T": converted(signed_bias),
         "ours, no training, synchronous": converted(waiting_weights),
         "ours, no training, weighted": converted(weighted),
+        "ours, no training, groups of 4": converted(groups_of_four),
         "ours, trained, after T": trained("cifar10_fast_resnet_ultra_low_latency_t2.json", "tuned"),
         "ours, trained, synchronous": trained("cifar10_fast_cnn_qcfs_l8.json", "synchronous"),
         "ours, trained, weighted": {steps: own(f"qcfs_weighted_t{steps}", steps) for steps in (2, 4)},
+        "ours, trained, groups of 4": trained("cifar10_fast_cnn_qcfs_groups_t2.json", "converted"),
     }
     lines = ["| T | published, converted | published, fine-tuned | " + " | ".join(columns) + " |", "|--:|---|---|" + "--:|" * len(columns)]
     figures = published()
