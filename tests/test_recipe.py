@@ -780,3 +780,18 @@ def test_an_unwritable_folder_is_refused_before_the_work(fabric: Any, tmp_path: 
     with pytest.raises(OutputError, match=r"result\.json"):
         run_recipe(small(), Place(out=tmp_path / "file" / "run", fabric=fabric, watcher=stages))
     assert stages.begun == []
+
+
+def test_a_recipe_measures_groups(write: Callable[[str], Path], fabric: Any, tmp_path: Path) -> None:
+    text = TEXT.replace("[evaluate]\n", "[evaluate]\ngroups = 2\nsynchronous = true\n")
+    recipe = read_recipe(write(text))
+    assert recipe.groups == 2
+    assert recipe_module._spelled(recipe) != recipe_module._spelled(read_recipe(write(TEXT)))
+    for wrong in ("0", "257", "true", "2.0"):
+        with pytest.raises(QuickspikeError, match=r"groups in \[evaluate\] must be a whole number"):
+            read_recipe(write(text.replace("groups = 2", f"groups = {wrong}")))
+    made = small(train=None, source=None, groups=2, synchronous=True, steps=(1, 2))
+    accuracy = run_recipe(made, Place(out=tmp_path / "out", fabric=fabric))["runs"][0]["accuracy"]
+    # In one step two neurons answer what one does in two.
+    assert accuracy["groups"]["1"] == accuracy["synchronous"]["2"]
+    assert set(accuracy["groups"]) == {"1", "2"}

@@ -637,7 +637,10 @@ class Neuron(Timed):
         return self.initial * theta / self.members if self.members > 1 else self.initial * theta
 
     def spikes(self, out: Tensor) -> Tensor:
-        """Numbers of spikes in outputs of these neurons, same shape: 0 and 1, of groups up to M; spikes of -1 count as one, too."""
+        """Numbers of spikes in outputs of these neurons, same shape: 0 and 1, of groups up to M; spikes of -1 count as one, too.
+
+        Outputs in bfloat16 tell up to 128 spikes apart.
+        """
         if self.members == 1:
             return out.ne(0)
         height = self.height(self.bounded()[0])
