@@ -273,6 +273,9 @@ def test_a_network_can_be_made_of_groups(converted: Converted, random_images: Im
         for other in (streaming.as_synchronous(), weighted, streaming.as_synchronous().as_groups(3).with_steps(1)):
             torch.testing.assert_close(made(images), other(images), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(weighted.as_groups(3).with_steps(1)(images), made(images), rtol=1e-9, atol=1e-9)
+        # Nobody waits any more, at larger T either.
+        torch.testing.assert_close(streaming.as_synchronous().as_groups(3)(images), streaming.as_groups(3)(images), rtol=1e-9, atol=1e-9)
+        assert float((streaming.as_groups(3)(images) - streaming.as_groups(3).as_synchronous()(images)).abs().max()) > 1e-3
         torch.testing.assert_close(made.as_groups(1)(images), streaming.with_steps(1)(images), rtol=1e-9, atol=1e-9)
 
 
@@ -307,6 +310,25 @@ def test_in_one_step_members_are_single_neurons(method: str, name: str, converte
         assert torch.equal(sum(members), run.spikes[site.name])
         # A higher threshold is reached less often.
         assert all(bool((low >= high).all()) for low, high in itertools.pairwise(members))
+
+
+@pytest.mark.parametrize(("method", "options"), [("ultra_low_latency", {}), ("diet_snn", {"leak": 0.9}), ("potential_init", {})])
+def test_single_neurons_are_of_the_kind_of_their_group(method: str, options: dict[str, Any], converted: Converted) -> None:
+    snn = converted(method, **options)
+    groups, single = list(snn.neurons().values()), list(snn.as_single_neurons().neurons().values())
+    for number, neuron in enumerate(single):
+        group = groups[number // 5]
+        assert neuron.strict == group.strict == (method != "potential_init")
+        assert torch.equal(neuron.leak, group.leak)
+        torch.testing.assert_close(neuron.start(neuron.threshold), group.start(group.threshold), rtol=1e-12, atol=0)
+
+
+def test_counts_go_as_far_as_members_and_steps(converted: Converted, random_images: Images) -> None:
+    snn, images = converted(members=100, steps=2), random_images("chain", 8, seed=2)
+    run = snn.run(images)
+    assert max(int(spikes.max()) for spikes in run.spikes.values()) == 200
+    spikes = sum(float(spikes.double().sum()) for spikes in run.spikes.values()) / len(images)
+    assert count_operations(snn, [images]).total("spikes") == pytest.approx(spikes)
 
 
 @pytest.mark.parametrize("name", ["chain", "residual", "concat"])
