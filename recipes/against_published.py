@@ -37,7 +37,12 @@ Figures = Mapping[int, str]
 
 def published() -> list[dict[str, Any]]:
     """Every published figure."""
-    rows = tomllib.loads((RESULTS / "published.toml").read_text(encoding="utf-8"))["figures"]
+    return rows_of("figures") + rows_of("later")
+
+
+def rows_of(table: str) -> list[dict[str, Any]]:
+    """Those that were gathered at first (figures), or found since (later)."""
+    rows = tomllib.loads((RESULTS / "published.toml").read_text(encoding="utf-8"))[table]
     return [dict(zip(KEYS, row, strict=True)) for row in rows]
 
 
