@@ -360,6 +360,8 @@ def test_nir_holds_members_as_neurons(random_network: Networks, random_images: I
     assert sum(type(node).__name__ == "IF" for node in exported.graph.nodes.values()) == 3 * len(snn.sites)
     with torch.no_grad():
         torch.testing.assert_close(load_nir(tmp_path / "network.nir")(images), snn(images), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConversionError, match="adds nothing up"):
+        to_nir(snn, "spikingjelly")
 
 
 def test_members_that_inhibit_one_another_are_no_single_neurons(converted: Converted) -> None:
