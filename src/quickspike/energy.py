@@ -151,7 +151,10 @@ def _caveats(operations: Operations, device: Device, account: Account) -> tuple[
     if operations.weighted:
         found.append("spikes are weighted by their step: a neuron shifts what it has once a step, which costs nothing here")
     if operations.members > 1:
-        found.append(f"groups of {operations.members}: each member's potential is updated at every step, as if it were a neuron of its own")
+        found.append(
+            f"groups of {operations.members}: each member's potential is updated at every step; they share one sum of currents, and "
+            f"would take up to {operations.members} times the accumulates with synapses of their own"
+        )
     if device.multiply is None:
         found.append(f"{device.name} does not multiply: layers that read real values, and the source network, cost as on 45nm_fp32")
     if account == "papers":
