@@ -66,7 +66,7 @@ class Auto:
     )
     members: int = option(
         1,
-        "neurons may stand in groups of so many: as many levels in every step, nobody waits, so many times the neurons",
+        "neurons may stand in groups of so many: as many levels in every step for so many times the neurons",
         low=1,
         high=MOST_MEMBERS,
     )

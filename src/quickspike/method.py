@@ -59,8 +59,7 @@ class Method(abc.ABC):
     )
     members: int = option(
         1,
-        "neurons in the group that stands in place of one (Group Neurons, arXiv 2402.19061): as many levels in a single step, nobody "
-        "waits, for so many times the neurons",
+        "neurons in the group that stands in place of one (arXiv 2402.19061): as many levels in one step for so many times the neurons",
         low=1,
         high=MOST_MEMBERS,
     )

@@ -52,8 +52,7 @@ class QCFS(Method):
     initial: float = option(0.5, "initial potential", unit="theta", low=0, high=1)
     support: Support = option(
         "inside",
-        "where the gradient passes: 0 <= z <= mu, up to half a level below and above (clamp_after), the paper's printed interval, or "
-        "as a triangle around each jump, twice as steep there and flat halfway to the next, which is closer to what few levels do",
+        "where the gradient passes: 0 <= z <= mu, half a level further (clamp_after), the paper's printed interval, or triangles at jumps",
     )
     granularity: Granularity = option("layer", "one ceiling per layer (the paper's) or per channel")
     percentile: float = option(
