@@ -48,7 +48,7 @@ MAX_STEPS = 65536
 """More time steps than any network needs; a larger number is a mistake or a hostile file."""
 
 MOST_MEMBERS = 256
-"""Largest group: members are compared one after the other, and more levels than 8 bits have gain nothing."""
+"""Largest group: with more levels than 8 bits tell apart there is nothing left to gain."""
 
 MOST_WEIGHTED = 12
 """Largest T of weighted spikes: with 4095 levels there is nothing left to gain."""

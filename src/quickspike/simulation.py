@@ -153,7 +153,9 @@ def _counts(neuron: Neuron, out: Tensor, steps: int) -> Tensor:
     slots = unfold(out.detach(), steps)
     counts = torch.zeros_like(slots[0], dtype=counter_type(neuron.steps * neuron.members))
     for slot in slots:
-        counts += neuron.spikes(slot).to(counts)
+        spikes = neuron.spikes(slot)
+        # Flags are added as they are; a copy of them would cost as much again.
+        counts += spikes if spikes.dtype == torch.bool else spikes.to(counts)
     return counts
 
 
