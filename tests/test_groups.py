@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +20,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import quickspike as qs
+from conversions import NAMES, REFUSED, Converted, Images, Networks, conversions
+from quickspike import checkpoint
 from quickspike.anatomy import anatomy_of
 from quickspike.api import finish, fit, tune
 from quickspike.claims import CLAIMS
@@ -40,26 +44,13 @@ from quickspike.training import Trainer, Training
 
 F64 = torch.float64
 METHODS = sorted(all_methods())
-NAMES = ("chain", "residual", "concat", "pooled", "perceptron")
-Networks = Callable[..., nn.Module]
-Images = Callable[..., Tensor]
-Converted = Callable[..., qs.SpikingNetwork]
 
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
 @pytest.fixture(scope="module")
 def converted(random_network: Networks, random_images: Images) -> Converted:
-    """converted(method, name, **options): made once, so copy it before changing it."""
-    made: dict[Any, qs.SpikingNetwork] = {}
-
-    def get_one(method: str = "potential_init", name: str = "chain", **options: Any) -> qs.SpikingNetwork:
-        key = (method, name, *sorted(options.items()))
-        if key not in made:
-            made[key] = qs.convert(random_network(name), random_images(name, 16, seed=1), method, **{"steps": 1, "members": 5, **options})
-        return made[key]
-
-    return get_one
+    return conversions(random_network, random_images, steps=1, members=5)
 
 
 # The neuron
@@ -91,16 +82,6 @@ def test_members_share_a_potential(steps: int, members: int, half: int, strict: 
             fired = sum(v > theta if strict else v >= theta for v, theta in zip(potentials, thresholds, strict=True))
             potentials = [v - unit * fired for v in potentials]
             assert float(out[t, column]) == 2 * unit * fired
-
-
-def test_one_neuron_is_no_group() -> None:
-    """The loop over members with M = 1 gives what integrate-and-fire gives."""
-    currents = torch.randn(40, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
-    v, theta, leak, amplitude = (torch.tensor(value, dtype=F64) for value in (0.5, 1.0, 0.9, 1.0))
-    plain, group = (integrate(currents, v, theta, leak, amplitude, 4, members=members) for members in (1, 2))
-    assert not torch.equal(plain[0], group[0])
-    layer = Neuron(NeuronParameters(torch.tensor(1.0, dtype=F64), initial=0.5, leak=0.9), 4, False)
-    assert torch.equal(layer(currents), plain[0])
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -284,11 +265,14 @@ def test_groups_of_what_has_no_place_are_refused(converted: Converted, random_ne
     for other in (single.as_signed(), single.with_reset("zero")):
         with pytest.raises(OptionError, match="reset by subtraction and no signs"):
             other.as_groups(2)
-    for members in (0, MOST_MEMBERS + 1, True, 2.0):
+    wrong: list[Any] = [0, MOST_MEMBERS + 1, True, 2.0]
+    for members in wrong:
         with pytest.raises(OptionError, match="members must be a whole number"):
-            single.as_groups(members)  # type: ignore[arg-type]
+            single.as_groups(members)
     with pytest.raises(OptionError, match="made for the fused engine"):
         accelerate(copy.deepcopy(single).float(), "fused").as_groups(2)
+    with pytest.raises(OptionError, match="made for the count engine"):
+        accelerate(copy.deepcopy(converted()).float(), "count").as_single_neurons()
     shifted = qs.convert(
         random_network("perceptron"), random_images("perceptron", 8), create("potential_init", steps=3) | qs.refinements.OffsetShift()
     )
@@ -307,7 +291,7 @@ def test_in_one_step_members_are_single_neurons(method: str, name: str, converte
     run, other = snn.run(images), single.run(images)
     for number, site in enumerate(snn.sites):
         members = [other.spikes[one.name] for one in single.sites[5 * number : 5 * number + 5]]
-        assert torch.equal(sum(members), run.spikes[site.name])
+        assert torch.equal(torch.stack(members).sum(0), run.spikes[site.name].long())
         # A higher threshold is reached less often.
         assert all(bool((low >= high).all()) for low, high in itertools.pairwise(members))
 
@@ -389,11 +373,23 @@ def test_files_keep_the_groups(converted: Converted, random_images: Images, tmp_
     assert qs.methods.PotentialInit.from_json(loaded.method) == create("potential_init", steps=1, members=5)
     with torch.no_grad():
         assert torch.equal(loaded(images), snn(images))
-    whole = path.read_bytes()
-    for wrong in (b'\\"members\\": 0', b'\\"members\\": -', b'\\"members\\":""'):
-        path.write_bytes(whole.replace(b'\\"members\\": 5', wrong))
-        with pytest.raises(CheckpointError):
-            qs.load(path)
+
+
+@pytest.mark.parametrize("members", [0, -1, MOST_MEMBERS + 1, 2.5, "5", None])
+def test_a_file_with_no_number_of_members_is_refused(members: Any, converted: Converted, tmp_path: Path) -> None:
+    """Though checksum and all else hold."""
+    path = tmp_path / "network.safetensors"
+    converted().save(path)
+    tensors = safetensors.torch.load(path.read_bytes())
+    with safetensors.safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["quickspike"])
+    for layer in header["layers"].values():
+        if layer["type"] == "GroupedNeuron":
+            layer["arguments"]["members"] = members
+    text = json.dumps(header, sort_keys=True)
+    safetensors.torch.save_file(tensors, path, {"quickspike": text, "sha256": checkpoint._digest(text, tensors)})
+    with pytest.raises(CheckpointError, match="a group has 1 to 256 neurons"):
+        qs.load(path)
 
 
 def test_tuning_learns_weights_and_thresholds(digits_source: nn.Module, digits_calibration: Tensor, digits: DataSet) -> None:
@@ -509,21 +505,28 @@ def test_a_program_computes_the_same(converted: Converted, random_images: Images
 
 
 @pytest.mark.parametrize("form", ["unrolled", "step"])
-def test_onnx_computes_the_same(form: Any, converted: Converted, random_images: Images, tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [1, 3])
+def test_onnx_computes_the_same(steps: int, form: Any, converted: Converted, random_images: Images, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
-    from quickspike.onnx_export import to_onnx
+    from quickspike.onnx_export import initial_states, to_onnx
 
-    snn, images = copy.deepcopy(converted(name="residual")).float(), random_images("residual", 1).float()
-    to_onnx(snn, tmp_path / "network.onnx", form=form)
-    session = runtime.InferenceSession(str(tmp_path / "network.onnx"))
-    inputs = {one.name: np.zeros([1 if isinstance(n, str) else n for n in one.shape], np.float32) for one in session.get_inputs()}
-    assert images.shape in [value.shape for value in inputs.values()]
-    with torch.no_grad():
-        wanted = snn(images).numpy()
+    snn, images = copy.deepcopy(converted(name="residual", steps=steps)).float(), random_images("residual", 4).float()
+    path = tmp_path / "network.onnx"
+    to_onnx(snn, path, form=form)
+    session = runtime.InferenceSession(str(path))
     if form == "unrolled":
-        (name,) = inputs
-        np.testing.assert_allclose(session.run(None, {name: images.numpy()})[0], wanted, rtol=1e-5, atol=1e-5)
+        (given,) = session.run(None, {"images": images.numpy()})
+    else:
+        names = [one.name for one in session.get_outputs()]
+        states, logits = initial_states(path, len(images)), []
+        for _ in range(steps):
+            found = dict(zip(names, session.run(names, {"images": images.numpy(), **states}), strict=True))
+            states = {name: found[f"{name}.next"] for name in states}
+            logits.append(found["logits"])
+        given = np.mean(logits, 0)
+    with torch.no_grad():
+        np.testing.assert_allclose(given, snn(images).numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_training_from_before_there_were_groups_goes_on_without_them(
@@ -565,16 +568,6 @@ def test_methods_refuse_what_does_not_go_together(method: str, options: dict[str
 def test_maxima_of_single_spikes_are_refused() -> None:
     with pytest.raises(OptionError, match="maximum of the spikes of single steps"):
         create("ultra_low_latency", pool="spikes", members=2)
-
-
-REFUSED: dict[str, Callable[[qs.SpikingNetwork], object]] = {
-    "signed": lambda snn: snn.as_signed(),
-    "zero": lambda snn: snn.with_reset("zero"),
-    "fold": lambda snn: snn.fold(),
-    "quantise": lambda snn: qs.quantise(snn),
-    "integer": lambda snn: accelerate(snn, "integer"),
-    "nir": lambda snn: to_nir(snn),
-}
 
 
 @pytest.mark.parametrize("what", sorted(REFUSED))

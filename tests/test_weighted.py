@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import quickspike as qs
+from conversions import NAMES, REFUSED, Converted, Images, Networks, conversions
 from quickspike.anatomy import anatomy_of
 from quickspike.api import finish, fit, tune
 from quickspike.choosing import Auto
@@ -28,7 +28,6 @@ from quickspike.lockstep import Lockstep
 from quickspike.method import all_methods, create
 from quickspike.methods.qcfs import QCFS, quantise
 from quickspike.neuron import MOST_WEIGHTED, Neuron, NeuronParameters, weighted_spikes
-from quickspike.nir_export import to_nir
 from quickspike.operations import count_operations
 from quickspike.searching import Candidate, search
 from quickspike.simulation import simulate
@@ -36,28 +35,13 @@ from quickspike.training import Trainer, Training
 
 F64 = torch.float64
 METHODS = sorted(all_methods())
-NAMES = ("chain", "residual", "concat", "pooled", "perceptron")
-Networks = Callable[..., nn.Module]
-Images = Callable[..., Tensor]
-Converted = Callable[..., qs.SpikingNetwork]
 
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
 @pytest.fixture(scope="module")
 def converted(random_network: Networks, random_images: Images) -> Converted:
-    """converted(method, name, **options): made once, so copy it before changing it."""
-    made: dict[Any, qs.SpikingNetwork] = {}
-
-    def get_one(method: str = "potential_init", name: str = "chain", **options: Any) -> qs.SpikingNetwork:
-        key = (method, name, *sorted(options.items()))
-        if key not in made:
-            made[key] = qs.convert(
-                random_network(name), random_images(name, 16, seed=1), method, **{"steps": 3, "weighted": True, **options}
-            )
-        return made[key]
-
-    return get_one
+    return conversions(random_network, random_images, steps=3, weighted=True)
 
 
 def unit(theta: float = 1.0, steps: int = 4, *, constant: bool = True, **options: Any) -> Neuron:
@@ -393,16 +377,6 @@ def test_leaks_and_trained_thresholds_are_refused(random_network: Networks, rand
         qs.convert(network, images, "rate_encoded", train_thresholds=True, weighted=True)
     with pytest.raises(OptionError, match="maximum of the spikes of single steps"):
         create("ultra_low_latency", pool="spikes", weighted=True)
-
-
-REFUSED: dict[str, Callable[[qs.SpikingNetwork], object]] = {
-    "signed": lambda snn: snn.as_signed(),
-    "zero": lambda snn: snn.with_reset("zero"),
-    "fold": lambda snn: snn.fold(),
-    "quantise": lambda snn: qs.quantise(snn),
-    "integer": lambda snn: accelerate(snn, "integer"),
-    "nir": lambda snn: to_nir(snn),
-}
 
 
 @pytest.mark.parametrize("what", sorted(REFUSED))

@@ -187,6 +187,10 @@ class SpikingNetwork(nn.Module):
                 way_out = "snn.as_single_neurons() at T = 1, snn.rate_coded(), or convert with members=1"
                 raise OptionError(f"{what} has no place for groups of neurons ({name}); take {way_out}")
 
+    def _refuse_accelerated(self, way_out: str) -> None:
+        if "engine" in self.provenance:
+            raise OptionError(f"this network was made for the {self.provenance['engine']['name']} engine; {way_out}")
+
     def as_synchronous(self) -> SpikingNetwork:
         """A copy whose layers wait for the whole window of the one before; neurons that turn pixels into spikes do not.
 
@@ -207,9 +211,7 @@ class SpikingNetwork(nn.Module):
         Raises:
             OptionError: neurons have a first run, take spikes back, leak or are set to 0, T is too large, or the network was accelerated.
         """
-        if "engine" in self.provenance:
-            name = self.provenance["engine"]["name"]
-            raise OptionError(f"this network was made for the {name} engine; weigh the spikes of the one that it was made from")
+        self._refuse_accelerated("weigh the spikes of the one that it was made from")
         other = self.as_synchronous()
         _check_weighted(other.steps)
         for name, neuron in other.neurons().items():
@@ -228,9 +230,7 @@ class SpikingNetwork(nn.Module):
             OptionError: neurons have a first run, take spikes back or are set to 0, there are too many of them in a group, or the network
                 was accelerated.
         """
-        if "engine" in self.provenance:
-            name = self.provenance["engine"]["name"]
-            raise OptionError(f"this network was made for the {name} engine; take the one that it was made from")
+        self._refuse_accelerated("take the one that it was made from")
         if type(members) is not int or not 1 <= members <= MOST_MEMBERS:
             raise OptionError(f"members must be a whole number in [1, {MOST_MEMBERS}], got {members!r}")
         self.refuse_first_runs("a network of groups")
@@ -247,10 +247,11 @@ class SpikingNetwork(nn.Module):
         For whatever knows no groups: it can be folded, quantised, exported as NIR and run by the integer engine.
 
         Raises:
-            OptionError: T is larger, where members of a group inhibit one another.
+            OptionError: T is larger, where members of a group inhibit one another, or the network was accelerated.
         """
         from quickspike.groups import spread
 
+        self._refuse_accelerated("take the one that it was made from")
         return spread(self)
 
     def rate_coded(self) -> SpikingNetwork:
@@ -445,8 +446,13 @@ def to_spiking(ann: Traced, method: Method, provenance: Mapping[str, Any], surro
             continue
         constant = time.feed(node)
         here = method.at(site)
-        parameters = replace(here.neuron(site, ann.at(site)), averaged=here.waits(site), signed=here.signed, weighted=here.weighted)
-        parameters = replace(parameters, members=here.members)
+        parameters = replace(
+            here.neuron(site, ann.at(site)),
+            averaged=here.waits(site),
+            signed=here.signed,
+            weighted=here.weighted,
+            members=here.members,
+        )
         module.set_submodule(site.name, Neuron(parameters, method.steps, constant, surrogate or method.surrogate()).to(like))
     output = next(node for node in module.graph.nodes if node.op == "output")
     if time.signals[output] != "timed":

@@ -102,7 +102,7 @@ def to_nir(snn: SpikingNetwork, reader: str = "nir", initial: Initial = "left ou
         raise OptionError(f"initial must be one of {', '.join(map(repr, get_args(Initial)))}, got {initial!r}")
     rules = reader_of(reader)
     # In one step members of groups are single neurons that read the same current.
-    snn = snn.as_single_neurons() if snn.steps == 1 else snn
+    snn = snn.as_single_neurons() if snn.members > 1 and snn.steps == 1 else snn
     snn.refuse_levels("NIR")
     network = fold(snn)
     with torch.no_grad():

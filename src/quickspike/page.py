@@ -369,8 +369,9 @@ def _network(entry: Entry, key: str) -> str:
         axes.axis("off")
 
     picture = _drawing(7, 0.4 + 0.45 * len(rows), draw, f"{key}-network", "the network, its connections as wide as their rate of spikes")
+    kind = "neuron" if entry.report.members == 1 else "group of neurons"
     note = (
-        f"<p class=note>Every dot is a layer of neurons. Lines are as wide as the spikes of a neuron in a step (at most {most:.3f}), which "
+        f"<p class=note>Every dot is a layer of neurons. Lines are as wide as the spikes of a {kind} in a step (at most {most:.3f}), which "
         "stand beside them; those of residual connections to the left.</p>"
     )
     return _section("Network", picture, note)
