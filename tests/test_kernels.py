@@ -320,6 +320,19 @@ def test_the_compiled_staircase_is_the_reference(
             torch.testing.assert_close(to_ceiling, exact[2], rtol=2e-6, atol=1e-4)
 
 
+def test_triangles_of_what_is_no_number_pass_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    z = torch.tensor([[math.nan, 0.25, math.inf, -math.inf]]).expand(40, 4).contiguous()
+    compiled = staircases(z, torch.ones(4), 2, "triangular", 0.5)
+    monkeypatch.setattr(kernels, "staircase_applies", lambda *_: False)
+    reference = staircases(z, torch.ones(4), 2, "triangular", 0.5)
+    for found in (compiled, reference):
+        assert bool(found[0][:, 0].isnan().all())
+        # A quarter is a jump.
+        assert bool((found[1][:, 1] >= 1).all())
+        assert bool((found[1][:, [0, 2, 3]] == 0).all())
+    assert torch.equal(compiled[1], reference[1])
+
+
 def test_the_staircase_of_nan_is_nan_and_its_gradient_is_not_lost() -> None:
     z = torch.tensor([[math.nan, 0.5, 2.0]]).expand(40, 3).contiguous()
     out, to_z, to_ceiling = staircases(z, torch.ones(3), 2, "inside", 0.5)
