@@ -35,6 +35,7 @@ from quickspike.data import Batches, labelled_batches
 from quickspike.errors import ConversionError, DataError, OptionError
 from quickspike.neuron import AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, Timed, integrate, unfold, weighted_spikes
 from quickspike.operators import FUNCTION_NAMES
+from quickspike.readouts import LeakyReadout
 from quickspike.structure import first
 
 PARTS = ("inherited", "max-pooling", "clipping", "quantisation", "unevenness", "neuron")
@@ -247,7 +248,7 @@ class _Plain(_Kept):
         layer = self.fetch_attr(target)
         if isinstance(layer, Neuron):
             return activation(layer, args[0], self.ceilings[str(target)])
-        if isinstance(layer, (Repeat, RunningMean, Increment)):
+        if isinstance(layer, (Repeat, RunningMean, Increment, LeakyReadout)):
             return args[0]
         if isinstance(layer, AccumulatedMaxPool):
             pool: Any = copy.copy(layer.pool)

@@ -29,6 +29,7 @@ from quickspike.graph import Site
 from quickspike.memory import out_of_memory
 from quickspike.neuron import MAX_STEPS, AccumulatedMaxPool, Increment, Neuron, NeuronParameters, Repeat, RunningMean, Surrogate
 from quickspike.operators import ANALOG_LAYERS, FUNCTION_NAMES, FUNCTIONS, LAYERS, MAX_POOLS, layer_arguments
+from quickspike.readouts import LeakyReadout
 from quickspike.rehearsal import AfterRehearsal, RehearsedNeuron
 
 FORMAT = 1
@@ -121,6 +122,8 @@ def _layer_to_json(layer: nn.Module) -> dict[str, Any]:
         return {"type": "Neuron", "arguments": arguments}
     if isinstance(layer, AfterRehearsal):
         return {"type": "AfterRehearsal", "arguments": {"rehearsal": layer.rehearsal}}
+    if isinstance(layer, LeakyReadout):
+        return {"type": "LeakyReadout", "arguments": {"leak": layer.leak}}
     if type(layer).__name__ in _PLAIN_TIMED:
         return {"type": type(layer).__name__, "arguments": {}}
     if isinstance(layer, AccumulatedMaxPool):
@@ -348,6 +351,8 @@ def _layer_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor], ste
         return neuron
     if kind == "AfterRehearsal":
         return AfterRehearsal(steps, arguments["rehearsal"])
+    if kind == "LeakyReadout":
+        return LeakyReadout(steps, arguments["leak"])
     if kind in _PLAIN_TIMED:
         return _PLAIN_TIMED[kind](steps)
     if kind == "AccumulatedMaxPool":

@@ -156,6 +156,18 @@ class SpikingNetwork(nn.Module):
         """Neurons that are heard after a first run only, so that no mean over all T steps speaks for the answer; None without any."""
         return next((name for name, neuron in self.neurons().items() if neuron.first_run and neuron.first_run[0] == "mask"), None)
 
+    @property
+    def readout_leak(self) -> float | None:
+        """What is left of the weight of an output at the next step, see `quickspike.readouts`; None where all steps count alike."""
+        from quickspike.readouts import leak_of
+
+        return leak_of(self.network)
+
+    def refuse_leak(self, what: str) -> None:
+        """Raise OptionError if the readout leaks, which `what` has no place for."""
+        if self.readout_leak is not None:
+            raise OptionError(f"{what} has no place for a readout that leaks; convert without leaky_readout")
+
     def refuse_first_runs(self, what: str) -> None:
         """Raise OptionError if neurons go through the first steps twice, which `what` has no place for."""
         for name, neuron in self.neurons().items():
@@ -195,9 +207,11 @@ class SpikingNetwork(nn.Module):
         """A copy whose layers wait for the whole window of the one before; neurons that turn pixels into spikes do not.
 
         Raises:
-            OptionError: neurons have a first run.
+            OptionError: neurons have a first run, or the readout leaks.
         """
         self.refuse_first_runs("a synchronous network")
+        # Whole windows have no early steps, and the order of the spikes in them means nothing.
+        self.refuse_leak("a synchronous network")
         other = copy.deepcopy(self)
         for site in other.sites:
             other.neuron(site.name).averaged = not site.encodes_input
@@ -209,7 +223,8 @@ class SpikingNetwork(nn.Module):
         Thresholds stay as they are; `convert(..., weighted=True)` fits them for that many levels.
 
         Raises:
-            OptionError: neurons have a first run, take spikes back, leak or are set to 0, T is too large, or the network was accelerated.
+            OptionError: neurons have a first run, take spikes back, leak or are set to 0, the readout leaks, T is too large, or the
+                network was accelerated.
         """
         self._refuse_accelerated("weigh the spikes of the one that it was made from")
         other = self.as_synchronous()
@@ -261,7 +276,7 @@ class SpikingNetwork(nn.Module):
 
         Raises:
             OptionError: groups of neurons leak, or that do not wait go through several steps: their spikes depend on the order of
-                what arrives.
+                what arrives; or the readout leaks.
         """
         grouped = self.members > 1
         for name, neuron in self.neurons().items() if grouped else ():

@@ -10,9 +10,10 @@ from torch import Tensor, fx, nn
 from quickspike.capture import free_name
 from quickspike.neuron import AccumulatedMaxPool, Repeat
 from quickspike.operators import MAX_POOLS, Affine
+from quickspike.readouts import LeakyReadout
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-PASSING = (AccumulatedMaxPool, Repeat, *MAX_POOLS)
+PASSING = (AccumulatedMaxPool, LeakyReadout, Repeat, *MAX_POOLS)
 """Layers that give more by a constant where they get more by it."""
 
 

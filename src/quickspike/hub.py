@@ -610,7 +610,7 @@ def _limits(snn: SpikingNetwork) -> str:
     found = [
         "T is the number of time steps that every input is shown for, unchanged from step to step; each further step costs more.",
         f"Thresholds were fitted for T = {fitted}. `snn.with_steps(T)` runs for another number, with the same thresholds.",
-        "Readout: the last layer does not spike. The answer after t steps is the mean of its outputs up to t.",
+        f"Readout: the last layer does not spike. The answer after t steps is the mean of its outputs up to t{_fading(snn)}.",
         "Figures hold for the images that they were measured on. What source network and data cannot do, this network cannot either.",
     ]
     if not any(site.encodes_input for site in snn.sites):
@@ -640,6 +640,10 @@ def _limits(snn: SpikingNetwork) -> str:
     if analog := snn.provenance.get("analog"):
         found.append(f"Computed on real values at every step: {_code(_shown(analog))}.")
     return f"## Limits\n\n{_list(found, raw=True)}"
+
+
+def _fading(snn: SpikingNetwork) -> str:
+    return "" if snn.readout_leak is None else f", that of step s weighted by {snn.readout_leak:g}^(t-s): a leaky integrator"
 
 
 def _citation(snn: SpikingNetwork) -> str:

@@ -29,8 +29,9 @@ from quickspike.files import write_bytes
 from quickspike.folding import fold, padding_of
 from quickspike.neuron import Neuron, Repeat
 from quickspike.nir_chains import chained
-from quickspike.nir_readers import Reader, reader_of
+from quickspike.nir_readers import KEY, Reader, reader_of
 from quickspike.operators import FUNCTION_NAMES, Affine
+from quickspike.readouts import LeakyReadout
 from quickspike.version import __version__
 
 if TYPE_CHECKING:
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Version of the metadata."""
 WAYS_OUT = "ways out: average pooling instead of max-pooling (qs.replace_max_pool before the training), padding in convolutions, ReLUs"
-KEY = "quickspike"
-"""Where it stands in a file."""
 Initial = Literal["left out", "bias"]
 
 
@@ -192,7 +191,7 @@ def _metadata(snn: SpikingNetwork, network: SpikingNetwork, reader: Reader, init
         "steps": snn.steps,
         "input_shape": list(snn.input_shape),
         "input": "the same image at every step",
-        "readout": "mean of the outputs over the steps",
+        **_readout(snn),
         "method": snn.method,
         "provenance": snn.provenance,
         "sites": [
@@ -214,6 +213,12 @@ def _metadata(snn: SpikingNetwork, network: SpikingNetwork, reader: Reader, init
             for site in network.sites
         ],
     }
+
+
+def _readout(snn: SpikingNetwork) -> dict[str, Any]:
+    if snn.readout_leak is None:
+        return {"readout": "mean of the outputs over the steps"}
+    return {"readout": "mean of the outputs over the steps, that of step s of T weighted by leak^(T-s)", "readout_leak": snn.readout_leak}
 
 
 def _plain(values: Tensor) -> Any:
@@ -332,7 +337,8 @@ class _Writer:
             shape = self._unflattened(x, shape)
             self.sites[name] = self._put(name, self._neuron(layer, shape), x, shape)[0]
             return [self.sites[name]]
-        if isinstance(layer, Repeat):
+        if isinstance(layer, (Repeat, LeakyReadout)):
+            # A readout that leaks is told in the metadata: whoever averages the outputs weighs them.
             return x
         if isinstance(layer, Affine):
             return self._affine(name, layer, x, self._unflattened(x, shape))
@@ -615,4 +621,4 @@ def _both(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
-__all__ = ["FORMAT", "KEY", "Exported", "Initial", "Loss", "digest", "export_nir", "losses_of", "need_nir", "to_nir"]
+__all__ = ["FORMAT", "Exported", "Initial", "Loss", "digest", "export_nir", "losses_of", "need_nir", "to_nir"]

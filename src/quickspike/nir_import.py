@@ -26,9 +26,10 @@ from quickspike.dry_run import check_runs
 from quickspike.errors import CheckpointError, ConversionError, OptionError
 from quickspike.graph import Site
 from quickspike.neuron import MAX_STEPS, Neuron, NeuronParameters, Repeat
-from quickspike.nir_export import FORMAT, KEY, digest, need_nir
-from quickspike.nir_readers import READERS, Reader, dynamics, in_order, pair, reader_of, tensor
+from quickspike.nir_export import FORMAT, digest, need_nir
+from quickspike.nir_readers import KEY, READERS, Reader, dynamics, in_order, pair, reader_of, tensor
 from quickspike.operators import Affine
+from quickspike.readouts import LeakyReadout
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ class _Builder:
             elif kinds[name] == "Output":
                 if x not in self.timed:
                     raise ConversionError("the output does not depend on any neuron")
-                values[name] = self.out.output(x)
+                values[name] = self.out.output(self._read_out(x))
             else:
                 values[name] = self._layer(name, kinds[name], x)
         (start,) = (name for name in order if kinds[name] == "Input")
@@ -205,6 +206,13 @@ class _Builder:
             self.repeated[signal] = self.out.call_module(name, (signal,))
             self.timed.add(self.repeated[signal])
         return self.repeated[signal]
+
+    def _read_out(self, signal: fx.Node) -> fx.Node:
+        if "readout_leak" not in self.metadata:
+            return signal
+        name = self._free("leaky_readout")
+        self.root.add_module(name, LeakyReadout(self.steps, self.metadata["readout_leak"]))
+        return self.out.call_module(name, (signal,))
 
     def _free(self, name: str) -> str:
         """A name that no layer and no attribute of a module has, nor a site of ours."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quickspike.errors import DataError, OptionError
 from quickspike.nir_readers import play, reader_of
+from quickspike.readouts import answers
 from quickspike.simulation import simulate
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ def compare(snn: SpikingNetwork, exported: Exported, data: Iterable[tuple[Tensor
         found = simulate(snn, batch)
         ours = found.logits[-1].argmax(1)
         if program:
-            theirs = run_in(exported.reader.name, exported.graph, batch, snn.steps).mean(0).argmax(1)
+            outputs = run_in(exported.reader.name, exported.graph, batch, snn.steps)
+            theirs = answers(outputs, snn.readout_leak)[-1].argmax(1)
         else:
             played = play(exported.graph, batch, snn.steps, exported.reader.name)
             theirs = played.logits[-1].flatten(1).argmax(1)

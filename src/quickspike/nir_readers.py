@@ -7,6 +7,7 @@ answer can be computed here without it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,9 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quickspike.errors import ConversionError, DataError, OptionError, UnknownNameError
+from quickspike.readouts import answers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+KEY = "quickspike"
+"""Of what we say about a graph, in its metadata."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +125,13 @@ class Played:
     """Of every step, `[T, B, K]`."""
     spikes: Mapping[str, Tensor]
     """Spikes of every neuron in T steps by node, `[B, ...]`."""
+    leak: float | None = None
+    """Of the readout, see `quickspike.readouts`."""
 
     @property
     def logits(self) -> Tensor:
         """The readout after every step, `[T, B, K]`."""
-        counts = torch.arange(1, len(self.outputs) + 1, dtype=self.outputs.dtype).view(-1, *(1,) * (self.outputs.ndim - 1))
-        return self.outputs.cumsum(0) / counts
+        return answers(self.outputs, self.leak)
 
 
 @torch.no_grad()
@@ -164,7 +170,14 @@ def play(graph: Any, images: Tensor, steps: int, reader: str = "nir") -> Played:
             if isinstance(layer, _Neurons):
                 spikes[name] = values[name] + spikes.get(name, 0)
         outputs.append(values[end])
-    return Played(torch.stack(outputs), spikes)
+    return Played(torch.stack(outputs), spikes, readout_leak(graph))
+
+
+def readout_leak(graph: Any) -> float | None:
+    """What the metadata of a graph of ours say of its readout; None where all steps count alike."""
+    text = graph.metadata.get(KEY, "{}")
+    leak: float | None = json.loads(text.decode() if isinstance(text, bytes) else text).get("readout_leak")
+    return leak
 
 
 def _ends(graph: Any) -> tuple[str, str]:

@@ -45,6 +45,7 @@ from quickspike.program_export import (
     read_out,
     timed_layers,
 )
+from quickspike.readouts import LeakyReadout
 from quickspike.structure import places
 from quickspike.version import __version__
 
@@ -68,8 +69,11 @@ _STATES: dict[type[nn.Module], tuple[str, ...]] = {
     RunningMean: ("total",),
     RunningSum: ("total",),
     **dict.fromkeys((Increment, Difference), ("last",)),
+    LeakyReadout: ("total", "last", "weight"),
 }
-_COUNTING = (RunningMean, Increment)
+_COUNTING = (RunningMean, Increment, LeakyReadout)
+_FOR_ALL = ("weight",)
+"""States that are one number for the whole batch."""
 
 
 def to_onnx(snn: SpikingNetwork, path: str | Path, form: Form = "unrolled", *, integers: bool = False) -> None:
@@ -364,7 +368,7 @@ class _Writer:
         for kind in kinds:
             initial = cell.tensors["initial"] if kind == "v" else torch.zeros(())
             self.states[f"{name}.{kind}"] = {
-                "shape": list(self.shapes[name]),
+                "shape": None if kind in _FOR_ALL else list(self.shapes[name]),
                 "initial": initial.flatten().tolist(),
                 "initial_shape": list(initial.shape),
             }
@@ -457,7 +461,7 @@ class _Writer:
         size = sum(value.nbytes for value in used.values())
         if size > LARGEST_FILE:
             raise ConversionError(f"an ONNX file holds at most 2 GiB, and the weights of this network are {size} bytes")
-        return [self.onnx.numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in used.items()]
+        return [self.onnx.numpy_helper.from_array(np.asarray(value, order="C"), name) for name, value in used.items()]
 
 
 def _scope(node: Any) -> str:

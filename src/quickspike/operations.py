@@ -24,6 +24,7 @@ from quickspike.data import Batches, labelled_batches
 from quickspike.errors import ConversionError, DataError, OptionError
 from quickspike.neuron import AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, Timed, unfold
 from quickspike.operators import ANALOG_LAYERS, FUNCTION_NAMES, NOT_AFFINE, Affine
+from quickspike.readouts import LeakyReadout
 
 First = Literal["once", "every step"]
 """How often a layer that reads the image works: its input does not change, but hardware may compute it at every step."""
@@ -174,7 +175,7 @@ class _Counter(fx.Interpreter):
         if isinstance(layer, AccumulatedMaxPool):
             spikes = inputs[0].analog is None
             return _Signal(value.ne(0).float() if spikes else None, None if spikes else torch.ones_like(value), True)
-        if isinstance(layer, (RunningMean, Increment)) or self._is_analog(n, layer):
+        if isinstance(layer, (RunningMean, Increment, LeakyReadout)) or self._is_analog(n, layer):
             self._real(n, layer, value, timed)
             return _Signal(None, torch.ones_like(value), timed)
         ones = _ones(n, layer, self._constant)

@@ -29,6 +29,7 @@ from quickspike.errors import CheckpointError, ConversionError, OptionError
 from quickspike.files import write_bytes
 from quickspike.neuron import AccumulatedMaxPool, Increment, Neuron, Repeat, RunningMean, Timed, levels_of, unfold
 from quickspike.operators import FUNCTION_NAMES
+from quickspike.readouts import LeakyReadout
 from quickspike.version import __version__
 
 FORMAT = 1
@@ -150,6 +151,8 @@ def computed(
         return ops.join(sums), {"total": sums[-1]}
     if isinstance(layer, Difference):
         return _differences(ops, parts, state)
+    if isinstance(layer, LeakyReadout):
+        return _leaky(ops, layer, parts, state)
     if isinstance(layer, Readout):
         return ops.div(_sums(ops, parts, None)[-1], ops.number(steps)), {}
     raise ConversionError(f"a layer of type {type(layer).__name__} cannot be exported; export the network as `convert` gives it")
@@ -213,6 +216,22 @@ def _sums(ops: Arithmetic[Value], parts: Sequence[Value], total: Value | None) -
 def _differences(ops: Arithmetic[Value], sums: Sequence[Value], state: State[Value]) -> tuple[Value, dict[str, Value]]:
     before = [state.get("last"), *sums[:-1]]
     return ops.join([now if last is None else ops.sub(now, last) for last, now in zip(before, sums, strict=True)]), {"last": sums[-1]}
+
+
+def _leaky(ops: Arithmetic[Value], layer: LeakyReadout, parts: Sequence[Value], state: State[Value]) -> tuple[Value, dict[str, Value]]:
+    """What the mean so far, in which old steps fade, adds at every step, times their number."""
+    leak, total, weight, sums = ops.number(layer.leak), state.get("total"), 0.0, list[Value]()
+    running = state.get("weight")
+    for number, part in enumerate(parts, 1):
+        total = part if total is None else ops.add(ops.mul(total, leak), part)
+        if running is None:
+            weight = layer.leak * weight + 1
+            sums.append(ops.mul(total, ops.number(number / weight)))
+        else:
+            running = ops.add(ops.mul(running, leak), ops.number(1))
+            sums.append(ops.mul(total, ops.div(_count(ops, state, number), running)))
+    out, after = _differences(ops, sums, state)
+    return out, after | {"total": cast(Value, total)} | ({} if running is None else {"weight": running})
 
 
 def _over(ops: Arithmetic[Value], total: Value, state: State[Value], number: int) -> Value:

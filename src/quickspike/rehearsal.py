@@ -161,10 +161,12 @@ def rehearse(snn: SpikingNetwork, kind: Kind, steps: int, who: str) -> None:
     """Let all neurons have a first run, in place.
 
     Raises:
-        OptionError: some neurons cannot; `who` wants it.
+        OptionError: some neurons cannot, or the readout leaks; `who` wants it.
     """
     if kind == "mask" and steps >= snn.steps:
         logger.warning("%s: a first run of %d steps leaves none of T = %d for the answer, and changes nothing", who, steps, snn.steps)
+    if kind == "mask":
+        snn.refuse_leak(f"{who}, behind which late steps count alone,")
     for name, neuron in snn.neurons().items():
         if neuron.first_run:
             raise OptionError(f"{who}: the neurons have a first run already ({name}); take one of offset_shift and residual_mask, once")

@@ -40,8 +40,10 @@ def sum_over_steps(snn: SpikingNetwork) -> None:
     """Let `snn`, in place, compute sums over the steps instead of steps.
 
     Raises:
-        OptionError: a layer does not wait for the whole window of the one before, or it has more than 255 levels.
+        OptionError: a layer does not wait for the whole window of the one before, or it has more than 255 levels,
+            or the readout leaks.
     """
+    snn.refuse_leak("the count engine")
     steps = snn.resolution
     if steps > MOST:
         kind = "spikes weighted" if snn.weighted else f"groups of {snn.members}"
