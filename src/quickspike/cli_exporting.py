@@ -129,6 +129,8 @@ def _nir(
             measured.append(compare(snn, exported, Tracked(some, f"running it in {reader}"), program=True))
     if not json:
         show(f"{len(exported.graph.nodes)} nodes for {exported.reader.name} {exported.reader.version}: {exported.reader.call}")
+        if snn.readout_leak is not None:
+            show(f"to read out: the mean of the outputs, that of step t of {snn.steps} weighted by {snn.readout_leak:g}^({snn.steps}-t)")
         for loss in exported.losses:
             show(f"not in the file: {loss}")
         for one in measured:

@@ -394,7 +394,7 @@ def _likeness(snn: SpikingNetwork) -> str:
         (name, neuron.scaled, neuron.strict, neuron.signed, neuron.to_zero, neuron.weighted, neuron.members, neuron.first_run)
         for name, neuron in snn.neurons().items()
     ]
-    return f"{tensors} {kinds} {snn.code}"
+    return f"{tensors} {kinds} {snn.readout_leak} {snn.code}"
 
 
 def _first(data: Batches) -> list[Any]:

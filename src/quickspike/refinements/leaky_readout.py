@@ -50,7 +50,9 @@ class LeakyReadout(Refinement):
     name: ClassVar[str] = "leaky_readout"
     paper: ClassVar[Paper] = ThresholdBalancing.paper
 
-    leak: float = option(0.0, "of the weight of an output, what is left at the next step; 1: all of it; 0: chosen on the images", low=0, high=1)
+    leak: float = option(
+        0.0, "of the weight of an output, what is left at the next step; 1: all of it; 0: chosen on the images", low=0, high=1
+    )
     images: int = option(1024, "calibration images to choose on", unit="images", low=1)
     batch: int = option(64, "of them at a time; fewer where T or the images are large", unit="images", low=1)
 
