@@ -22,7 +22,7 @@ from quickspike.lockstep import MOST_VALUES, rebatched
 from quickspike.methods.threshold_balancing import ThresholdBalancing
 from quickspike.options import option
 from quickspike.paper import Paper
-from quickspike.readouts import let_fade
+from quickspike.readouts import fading, let_fade
 from quickspike.refinement import Refinement, refinement
 from quickspike.structure import places
 
@@ -78,7 +78,7 @@ class LeakyReadout(Refinement):
     def _chosen(self, snn: SpikingNetwork, ann: Traced, images: ImageStream) -> float:
         """Of `LEAKS`; of two that are alike the larger one, which is closer to no leak."""
         like = next(snn.network.parameters())
-        weights = torch.stack([_weights(leak, snn.steps) for leak in LEAKS]).to(like.device)
+        weights = torch.stack([fading(leak, snn.steps) for leak in LEAKS]).to(like.device)
         size = min(self.batch, self.images, max(1, MOST_VALUES // (images.example.numel() * snn.steps)))
         found = dict[str, _Distances]()
         for batch in track(list(rebatched(images.some(self.images), size)), "choosing the leak of the readout"):
@@ -88,12 +88,6 @@ class LeakyReadout(Refinement):
                 found.setdefault(place, _Distances(len(LEAKS))).add(answers, wanted[place].double())
         distances = torch.stack([one.values() for one in found.values()]).sum(0)
         return LEAKS[int(distances.argmin())]
-
-
-def _weights(leak: float, steps: int) -> Tensor:
-    """Of the outputs of T steps, `[T]`; their sum is 1."""
-    weights = torch.tensor([leak ** (steps - 1 - step) for step in range(steps)], dtype=torch.float64)
-    return weights / weights.sum()
 
 
 class _Distances:
