@@ -314,18 +314,20 @@ def deep() -> nn.Module:
 
 
 def test_of_distances_up_to_a_factor() -> None:
+    """Against the definition: the least squared distance that any factor leaves."""
     generator = torch.Generator().manual_seed(0)
-    wanted = torch.randn(40, 5, generator=generator, dtype=torch.float64)
-    others = torch.randn(40, 5, generator=generator, dtype=torch.float64)
-    distances = _Distances(4)
-    several = torch.stack([3 * wanted, wanted + others, -wanted, 0 * wanted])
+    outputs, wanted = torch.randn(3, 40, 5, generator=generator), torch.randn(40, 5, generator=generator)
+    outputs[0] = 3 * wanted
+    weights = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0.2, 0.3, 0.5], [-1, 0, 0], [0, 0, 0]], dtype=torch.float64)
+    distances = _Distances(3)
     for half in (slice(0, 15), slice(15, 40)):
-        distances.add(several[:, half], wanted[half])
-    found = distances.values()
-    factor = float((several[1] * wanted).sum() / several[1].square().sum())
+        distances.add(outputs[:, half], wanted[half])
+    found = distances.of(weights)
     assert float(found[0]) == pytest.approx(0, abs=1e-12)
-    assert float(found[1]) == pytest.approx(float((factor * several[1] - wanted).square().sum() / wanted.square().sum()))
-    assert found[2:].tolist() == [1, 1]
+    for one, mean in zip(found[1:3], torch.tensordot(weights[1:3], outputs.double(), dims=1), strict=True):
+        factor = max(0.0, float((mean * wanted).sum() / mean.square().sum()))
+        assert float(one) == pytest.approx(float((factor * mean - wanted).square().sum() / wanted.double().square().sum()))
+    assert found[3:].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("steps", [8, 12])

@@ -60,8 +60,8 @@ def mean_over_steps(values: Tensor, leak: float | None) -> Tensor:
     """The mean of `[T, ...]` over the steps; with a leak that of step t weighted by leak^(T-t)."""
     if leak is None:
         return values.mean(0)
-    weights = fading(leak, len(values)).to(values)
-    return torch.tensordot(weights, values, dims=1)
+    mean: Tensor = torch.tensordot(fading(leak, len(values)).to(values), values, dims=1)
+    return mean
 
 
 def fading(leak: float, steps: int) -> Tensor:

@@ -78,34 +78,40 @@ class LeakyReadout(Refinement):
     def _chosen(self, snn: SpikingNetwork, ann: Traced, images: ImageStream) -> float:
         """Of `LEAKS`; of two that are alike the larger one, which is closer to no leak."""
         like = next(snn.network.parameters())
-        weights = torch.stack([fading(leak, snn.steps) for leak in LEAKS]).to(like.device)
         size = min(self.batch, self.images, max(1, MOST_VALUES // (images.example.numel() * snn.steps)))
         found = dict[str, _Distances]()
         for batch in track(list(rebatched(images.some(self.images), size)), "choosing the leak of the readout"):
             wanted = places(ann.module(batch.to(like)))
             for place, outputs in places(snn.outputs(batch.to(like))).items():
-                answers = torch.tensordot(weights, outputs.double(), dims=1)
-                found.setdefault(place, _Distances(len(LEAKS))).add(answers, wanted[place].double())
-        distances = torch.stack([one.values() for one in found.values()]).sum(0)
+                found.setdefault(place, _Distances(snn.steps)).add(outputs, wanted[place])
+        weights = torch.stack([fading(leak, snn.steps) for leak in LEAKS])
+        distances = torch.stack([one.of(weights) for one in found.values()]).sum(0)
         return LEAKS[int(distances.argmin())]
 
 
 class _Distances:
-    """Squared distances of answers to what is wanted, up to the best factor, in units of the square of the latter: 1 - cos^2."""
+    """Squared distances of weighted means over T steps to what is wanted, up to the best factor, in units of the square of the latter.
 
-    def __init__(self, count: int) -> None:
-        self.products, self.squares = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+    That is 1 - cos^2 of the angle between the two, for which the products of every step with every other are enough.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.among, self.with_wanted = torch.zeros(steps, steps, dtype=torch.float64), torch.zeros(steps, dtype=torch.float64)
         self.wanted = 0.0
 
-    def add(self, answers: Tensor, wanted: Tensor) -> None:
-        """`[L, B, ...]` beside `[B, ...]`."""
-        flat = answers.flatten(1)
-        self.products += (flat @ wanted.flatten()).cpu()
-        self.squares += flat.square().sum(1).cpu()
-        self.wanted += float(wanted.square().sum())
+    def add(self, outputs: Tensor, wanted: Tensor) -> None:
+        """`[T, B, ...]` beside `[B, ...]`."""
+        # Sample by sample: maps of all of them in double precision could fill the memory.
+        for sample, aim in zip(outputs.unbind(1), wanted, strict=True):
+            steps, flat = sample.flatten(1).double(), aim.flatten().double()
+            self.among += (steps @ steps.T).cpu()
+            self.with_wanted += (steps @ flat).cpu()
+            self.wanted += float(flat.square().sum())
 
-    def values(self) -> Tensor:
+    def of(self, weights: Tensor) -> Tensor:
+        """For the means with these weights, `[L, T]`: `[L]`."""
+        squares = torch.einsum("ls,st,lt->l", weights, self.among, weights)
         least = torch.finfo(torch.float64).tiny
         # An answer that points away from what is wanted is no better than none.
-        cosine = self.products.clamp_min(0) / (self.squares * self.wanted).sqrt().clamp_min(least)
+        cosine = (weights @ self.with_wanted).clamp_min(0) / (squares.clamp_min(0) * self.wanted).sqrt().clamp_min(least)
         return 1 - cosine.square()
