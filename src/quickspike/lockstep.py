@@ -21,7 +21,6 @@ from quickspike.neuron import AccumulatedMaxPool, Increment, Neuron, Repeat, Run
 from quickspike.operators import MAX_POOLS
 from quickspike.options import option
 from quickspike.paper import Paper
-from quickspike.readouts import mean_over_steps
 from quickspike.refinement import Refinement
 from quickspike.structure import Outputs, each, places
 
@@ -127,8 +126,8 @@ class Firing:
     elsewhere they are `[T*B, ...]`, or `[B, ...]` where they are the same at every step.
     """
 
-    def __init__(self, neuron: Neuron, windows: bool, leak: float | None = None) -> None:
-        self.neuron, self.windows, self.leak = neuron, windows, leak
+    def __init__(self, neuron: Neuron, windows: bool) -> None:
+        self.neuron, self.windows = neuron, windows
 
     def outputs(self, current: Tensor) -> Tensor:
         """What goes to the next layer."""
@@ -142,8 +141,8 @@ class Firing:
         return gain.flatten(1).mean(1) if gain.ndim > 1 else gain
 
     def mean(self, outputs: Tensor) -> Tensor:
-        """The mean of these outputs over the steps as the readout takes it, `[B, ...]`: late ones count more if it leaks."""
-        return outputs if self.windows else mean_over_steps(unfold(outputs, self.neuron.steps), self.leak)
+        """The mean of these outputs over the steps, `[B, ...]`."""
+        return outputs if self.windows else unfold(outputs, self.neuron.steps).mean(0)
 
 
 class Recorder(fx.Interpreter):
@@ -171,7 +170,7 @@ class SiteBySite(fx.Interpreter, abc.ABC):
 
     def __init__(self, snn: SpikingNetwork, windows: bool) -> None:
         super().__init__(snn.network)
-        self.windows, self.leak = windows, snn.readout_leak
+        self.windows = windows
 
     @abc.abstractmethod
     def outputs(self, site: str, firing: Firing, current: Tensor) -> Tensor:
@@ -180,7 +179,7 @@ class SiteBySite(fx.Interpreter, abc.ABC):
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         layer: nn.Module = self.fetch_attr(target)
         if isinstance(layer, Neuron):
-            return self.outputs(target, Firing(layer, self.windows, self.leak), args[0])
+            return self.outputs(target, Firing(layer, self.windows), args[0])
         if self.windows and isinstance(layer, (Repeat, RunningMean, Increment)):
             return args[0]
         if self.windows and isinstance(layer, AccumulatedMaxPool):

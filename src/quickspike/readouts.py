@@ -56,14 +56,6 @@ def answers(outputs: Tensor, leak: float | None) -> Tensor:
     return outputs.cumsum(0) / counts.view(-1, *(1,) * (outputs.ndim - 1))
 
 
-def mean_over_steps(values: Tensor, leak: float | None) -> Tensor:
-    """The mean of `[T, ...]` over the steps; with a leak that of step t weighted by leak^(T-t)."""
-    if leak is None:
-        return values.mean(0)
-    mean: Tensor = torch.tensordot(fading(leak, len(values)).to(values), values, dims=1)
-    return mean
-
-
 def fading(leak: float, steps: int) -> Tensor:
     """The weights of T outputs in the answer after the last, `[T]`, in double precision; their sum is 1."""
     weights = torch.tensor([leak ** (steps - 1 - step) for step in range(steps)], dtype=torch.float64)
