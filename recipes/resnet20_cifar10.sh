@@ -31,7 +31,7 @@ options_of() { # METHOD STEPS
         ;;
     streaming_leaky) echo --method threshold_balancing --scale $scale --refine leaky_readout ;;
     streaming_bias_leaky) echo --method threshold_balancing --scale $scale --refine bias_correction leaky_readout ;;
-    streaming_weights_leaky) echo "$(options_of streaming_weights "$2")" leaky_readout ;;
+    streaming_weights_leaky) echo --method threshold_balancing --scale $scale --refine weight_calibration:reach=network leaky_readout ;;
     signed_bias_leaky) echo --method threshold_balancing --signed --refine bias_correction leaky_readout ;;
     residual_mask) echo --method threshold_balancing --scale $scale --refine "residual_mask:tau=$((($2 + 1) / 2))" ;;
     signed) echo --method threshold_balancing --signed ;;
