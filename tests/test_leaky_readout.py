@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 import quickspike as qs
 from conversions import NAMES, Images, Networks
-from quickspike import choosing
+from quickspike import choosing, nir_programs
 from quickspike.anatomy import anatomy_of
+from quickspike.api import fit
 from quickspike.choosing import Auto, choose
 from quickspike.cli import main
+from quickspike.data import ImageStream
 from quickspike.early_exit import Exit, leads_of
 from quickspike.errors import CheckpointError, ConversionError, OptionError
 from quickspike.hub import model_card
@@ -25,6 +27,7 @@ from quickspike.method import Method
 from quickspike.nir_export import to_nir
 from quickspike.nir_programs import compare
 from quickspike.nir_readers import play
+from quickspike.piecewise import PIECES
 from quickspike.readouts import LeakyReadout as Layer
 from quickspike.readouts import answers, leak_of
 from quickspike.refinement import refinements_of
@@ -145,6 +148,9 @@ def test_it_is_kept_in_a_file(name: str, pair: Pairs, tmp_path: Path) -> None:
     again = qs.load(tmp_path / "snn.safetensors")
     assert again.readout_leak == LEAK
     assert torch.equal(again(images), leaky(images))
+    # Of any T, although it is tried out with another when it is read.
+    leaky.with_steps(97).save(tmp_path / "snn.safetensors")
+    assert qs.load(tmp_path / "snn.safetensors").steps == 97
 
 
 @pytest.mark.parametrize("leak", ["2.0", "0.0", '"0.7"', "null", "1e400"])
@@ -218,6 +224,19 @@ def test_nir_files_keep_it(pair: Pairs, tmp_path: Path) -> None:
         same = (faded(bare)[-1].argmax(1) == leaky(images).argmax(1)).float().mean()
         assert agreement.agreement == pytest.approx(100 * float(same))
     assert "readout_leak" not in json.loads(to_nir(plain).graph.metadata["quickspike"])
+
+
+def test_outputs_of_a_program_are_weighed(pair: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program whose first output speaks for another class, three times as loudly as the last one for the network's."""
+    pytest.importorskip("nir")
+    plain, leaky, images = singles(pair)
+    for snn, agreement in ((leaky, 100), (plain, 0)):
+        ours = snn(images).argmax(1)
+        outputs = torch.zeros(STEPS, len(images), plain(images).shape[1])
+        outputs[0, range(len(images)), (ours + 1) % outputs.shape[2]] = 3
+        outputs[-1, range(len(images)), ours] = 1
+        monkeypatch.setattr(nir_programs, "run_in", lambda reader, graph, batch, steps, outputs=outputs: outputs)
+        assert compare(snn, to_nir(snn), [(images, ours)], program=True).agreement == agreement
 
 
 def test_whoever_exports_is_told_how_to_read_out(pair: Pairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -395,7 +414,8 @@ def test_corrections_behind_it_correct_what_is_read(
     assert snn.readout_leak == 0.5
     if isinstance(after, BiasCorrection):
         # Into the bias of the last layer: constants pass the readout as they are.
-        assert not [name for name, _ in snn.network.named_children() if name.startswith("current")]
+        (output,) = (node for node in snn.network.graph.nodes if node.op == "output")
+        assert [node.target for node in output.all_input_nodes] == ["leaky_readout"]
         assert float((found - wanted).mean(0).abs().max()) < 0.2 * float((plain - wanted).mean(0).abs().max())
     else:
         assert float((found - wanted).square().mean()) < float((plain - wanted).square().mean())
@@ -416,5 +436,10 @@ def test_auto_tries_it(digits_source: nn.Module, digits_calibration: Tensor, mon
     assert len(tried) == 1
     assert any(reason.startswith("readout: leaky_readout (") for reason in found.reasons)
     assert (found.network.readout_leak is not None) == found.what.endswith("| leaky_readout")
+    rounds = choosing._Rounds(digits_source, digits_calibration, Auto(steps=3), None, (), PIECES, None)
+    stream = ImageStream(rounds.fitted)
+    ann = fit(digits_source, stream, method(steps=3))
+    rounds._read_out(rounds._attempt(method(BiasCorrection(), steps=3), ann, stream), ann, stream)
+    assert rounds.attempts[-1].what == "threshold_balancing | bias_correction | leaky_readout"
     alone = choose(digits_source, digits_calibration, Auto(steps=1))
     assert not any("leaky_readout" in one.what for one in alone.attempts)
