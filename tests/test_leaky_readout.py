@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -403,6 +404,20 @@ def test_it_brings_a_deep_network_closer(deep: nn.Module, digits_calibration: Te
         )
     assert float((leaky - wanted).square().mean()) < 0.8 * float((plain - wanted).square().mean())
     assert int((leaky.argmax(1) == wanted.argmax(1)).sum()) > int((plain.argmax(1) == wanted.argmax(1)).sum())
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 4, 4)], ids=str)
+def test_answers_of_any_shape_are_read(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    count = max(1, math.prod(shape))
+    layers: list[nn.Module] = [part for _ in range(6) for part in (nn.Linear(16, 16), nn.ReLU())]
+    last = nn.Flatten(0) if not shape else nn.Unflatten(1, shape)
+    network, images = nn.Sequential(*layers, nn.Linear(16, count), last).eval(), torch.randn(32, 16)
+    some: tuple[tuple[qs.refinement.Refinement, ...], ...] = ((), (LeakyReadout(leak=LEAK),), (LeakyReadout(),))
+    plain, leaky, chosen = (qs.convert(network, images, method(*one, steps=8, initial=0.0)) for one in some)
+    assert leaky(images).shape == network(images).shape == (32, *shape)
+    torch.testing.assert_close(leaky(images), faded(plain.outputs(images))[-1])
+    torch.testing.assert_close(chosen(images), faded(plain.outputs(images), chosen.readout_leak or 1.0)[-1])
 
 
 @pytest.mark.parametrize("after", [BiasCorrection(), WeightCalibration(iterations=20)], ids=["bias", "weights"])

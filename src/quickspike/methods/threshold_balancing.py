@@ -29,7 +29,7 @@ class ThresholdBalancing(Method):
 
     Differs from the paper: the mean of the update is taken over all calibration images at once (a histogram), not
     batch by batch, and layers see the unclipped activations of the layer before; fires at m >= theta as the paper's
-    text says (its code: m > theta); the readout covers all steps, without the paper's delay.
+    text says (its code: m > theta); the readout covers all steps, without the paper's delay (`leaky_readout` is a soft one).
     """
 
     name: ClassVar[str] = "threshold_balancing"

@@ -41,7 +41,7 @@ class LeakyReadout(Refinement):
     which a mean over all steps keeps: it falls no faster than 1/T. A leak forgets it. Neurons and spikes stay as they are, and
     so does the latency: there is an answer after every step. A leak that is not given is chosen on the calibration images, without
     labels: that with the least squared distance of the answer after T steps to the source network's, up to a common
-    factor, which decides no class.
+    factor, which decides no class. It holds for one T.
 
     Differs from the paper, which leaves steps out up to a t0 computed from potentials and currents: here they fade, t0 needs no
     rule, and networks answer before it, too. Corrections may come before or after it; those behind see the answer as it is read.
@@ -103,7 +103,7 @@ class _Distances:
         """`[T, B, ...]` beside `[B, ...]`."""
         # Sample by sample: maps of all of them in double precision could fill the memory.
         for sample, aim in zip(outputs.unbind(1), wanted, strict=True):
-            steps, flat = sample.flatten(1).double(), aim.flatten().double()
+            steps, flat = sample.reshape(len(outputs), -1).double(), aim.flatten().double()
             self.among += (steps @ steps.T).cpu()
             self.with_wanted += (steps @ flat).cpu()
             self.wanted += float(flat.square().sum())
