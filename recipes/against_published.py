@@ -49,7 +49,10 @@ def rows_of(table: str) -> list[dict[str, Any]]:
 def converted(wanted: Callable[[dict[str, Any], list[str]], bool]) -> Figures:
     """The ResNet-20 checkpoint, no training: by T, of the reports that `wanted` takes by their options and refinements."""
     found: dict[int, str] = {}
-    for name in ("resnet20_cifar10.json", *(f"resnet20_cifar10_{kind}.json" for kind in ("signed", "refined", "weighted", "groups", "leaky"))):
+    for name in (
+        "resnet20_cifar10.json",
+        *(f"resnet20_cifar10_{kind}.json" for kind in ("signed", "refined", "weighted", "groups", "leaky")),
+    ):
         for report in json.loads((RESULTS / name).read_text(encoding="utf-8")):
             method = report["method"]
             refinements = [one["name"] for one in method.get("refinements", ())]
