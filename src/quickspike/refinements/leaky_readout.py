@@ -69,6 +69,8 @@ class LeakyReadout(Refinement):
             logger.warning("leaky_readout: one step has none before it, and nothing changes")
             return
         leak = self.leak or self._chosen(snn, ann, images)
+        # Reports say what was chosen, too.
+        snn.provenance["readout_leak"] = leak
         if leak < 1:
             let_fade(snn.network, snn.steps, leak)
         else:
