@@ -13,7 +13,8 @@ quickspike=${QUICKSPIKE:-.venv/bin/quickspike}
 statistics=(--mean 0.485 0.456 0.406 --std 0.229 0.224 0.225)
 mkdir -p "$out"
 
-# What `convert` is given for a column's method. *_leaky: the readout forgets early steps; streaming: plain integrate-and-fire; signed: neurons take spikes back; synchronous: layers wait for
+# What `convert` is given for a column's method. *_leaky: the readout forgets early steps;
+# streaming: plain integrate-and-fire; signed: neurons take spikes back; synchronous: layers wait for
 # whole windows; weighted: likewise, and the spike of step t counts 2^(T-t) times as much as the last; groups*: that many neurons in place of one.
 options_of() { # METHOD STEPS
     # The factor was chosen on training images 2000 to 2599, which calibrate nothing: 1 is better at T = 4, 0.85 at T = 8 and 32; T = 16 follows.
@@ -29,10 +30,8 @@ options_of() { # METHOD STEPS
         [ "$2" -lt 16 ] || iterations=1000
         echo --method threshold_balancing --scale $scale --refine "weight_calibration:reach=network,iterations=$iterations"
         ;;
-    streaming_leaky) echo --method threshold_balancing --scale $scale --refine leaky_readout ;;
     streaming_bias_leaky) echo --method threshold_balancing --scale $scale --refine bias_correction leaky_readout ;;
     streaming_weights_leaky) echo --method threshold_balancing --scale $scale --refine weight_calibration:reach=network leaky_readout ;;
-    signed_bias_leaky) echo --method threshold_balancing --signed --refine bias_correction leaky_readout ;;
     residual_mask) echo --method threshold_balancing --scale $scale --refine "residual_mask:tau=$((($2 + 1) / 2))" ;;
     signed) echo --method threshold_balancing --signed ;;
     signed_bias) echo --method threshold_balancing --signed --refine bias_correction ;;

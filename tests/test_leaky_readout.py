@@ -227,7 +227,12 @@ def test_nir_files_keep_it(pair: Pairs, tmp_path: Path) -> None:
         agreement = compare(leaky, written, [(images, labels)])
         same = (faded(bare)[-1].argmax(1) == leaky(images).argmax(1)).float().mean()
         assert agreement.agreement == pytest.approx(100 * float(same))
-    assert "readout_leak" not in json.loads(to_nir(plain).graph.metadata["quickspike"])
+    other = json.loads(to_nir(plain).graph.metadata["quickspike"])
+    # Readers that know of no leak refuse the file, and read the others as before.
+    assert "readout_leak" not in other and (said["format"], other["format"]) == (2, 1)
+    exported.graph.metadata["quickspike"] = "[]"
+    with pytest.raises(ConversionError, match=r"metadata .* are damaged"):
+        play(exported.graph, images, STEPS)
 
 
 def test_outputs_of_a_program_are_weighed(pair: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,5 +464,8 @@ def test_auto_tries_it(digits_source: nn.Module, digits_calibration: Tensor, mon
     ann = fit(digits_source, stream, method(steps=3))
     rounds._read_out(rounds._attempt(method(BiasCorrection(), steps=3), ann, stream), ann, stream)
     assert rounds.attempts[-1].what == "threshold_balancing | bias_correction | leaky_readout"
+    waiting = rounds._attempt(method(steps=3, synchronous=True), ann, stream)
+    assert rounds._read_out(waiting, ann, stream) is waiting
+    assert rounds.reasons[-1].startswith("refused: leaky_readout: ") and "waits for whole windows" in rounds.reasons[-1]
     alone = choose(digits_source, digits_calibration, Auto(steps=1))
     assert not any("leaky_readout" in one.what for one in alone.attempts)

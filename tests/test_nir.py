@@ -455,9 +455,9 @@ def test_provenance_that_json_does_not_hold_is_refused() -> None:
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     graph = to_nir(spiking("chain")[0]).graph
-    graph.metadata["quickspike"] = graph.metadata["quickspike"].replace('"format": 1', '"format": 2')
+    graph.metadata["quickspike"] = graph.metadata["quickspike"].replace('"format": 1', '"format": 3')
     nir.write(tmp_path / "a.nir", graph)
-    with pytest.raises(CheckpointError, match="metadata of format 2, this quickspike reads up to 1; upgrade quickspike"):
+    with pytest.raises(CheckpointError, match="metadata of format 3, this quickspike reads up to 2; upgrade quickspike"):
         load_nir(tmp_path / "a.nir")
 
 

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 import quickspike as qs
-from quickspike.conversion import SpikingNetwork, readout
+from quickspike.conversion import SpikingNetwork
 from quickspike.engines.integer import ByteConv, ByteLinear
 from quickspike.models import load_model
 from quickspike.neuron import AccumulatedMaxPool, Neuron, NeuronParameters
+from quickspike.readouts import readout
 from quickspike.simulation import Run, simulate
 
 ROOT = Path(__file__).parent.parent

@@ -15,9 +15,10 @@ from quickspike.early_exit import Exit, leads_of
 from quickspike.errors import ConversionError, OptionError
 from quickspike.hub import model_card
 from quickspike.neuron import Neuron, NeuronParameters, integrate, unfold
+from quickspike.readouts import AfterRehearsal
 from quickspike.refinement import Refinement
 from quickspike.refinements import BiasCorrection, OffsetShift, ResidualMask
-from quickspike.rehearsal import AfterRehearsal, Kind, RehearsedNeuron
+from quickspike.rehearsal import Kind, RehearsedNeuron
 from quickspike.searching import Candidate, _likeness, _Trials
 from quickspike.simulation import simulate
 
@@ -139,6 +140,15 @@ def test_the_answer_is_the_mean_after_the_first_run(parts: tuple[int, ...]) -> N
     for step in range(6):
         wanted = x[: step + 1].mean(0) if step < 2 else x[2 : step + 1].mean(0)
         torch.testing.assert_close(so_far[step], wanted)
+
+
+def test_a_first_run_leaves_nothing_behind() -> None:
+    """Not even what is no number."""
+    x = torch.tensor([[float("inf")], [1.0], [3.0]])
+    found = AfterRehearsal(3, 1)(x)
+    assert torch.isinf(found[0]) and not torch.isfinite(found[1])
+    states = AfterRehearsal(3, 1).scan(x, None, 3)[1]
+    assert float(states[2]) == 4
 
 
 # Networks

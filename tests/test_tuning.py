@@ -17,13 +17,13 @@ from torch import Tensor, nn
 import quickspike as qs
 from quickspike import simulation
 from quickspike.api import tune
-from quickspike.conversion import readout
 from quickspike.data import DataSet
 from quickspike.errors import ConversionError, OptionError
 from quickspike.evaluation import make_fabric
 from quickspike.methods.diet_snn import DietSNN
 from quickspike.models import load_model
 from quickspike.neuron import Neuron, NeuronParameters, Surrogate
+from quickspike.readouts import readout
 from quickspike.simulation import outputs_in_chunks
 from quickspike.training import History, Trainer, Training
 from quickspike.tuning import Tuning, end_to_end

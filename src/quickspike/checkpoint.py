@@ -29,8 +29,8 @@ from quickspike.graph import Site
 from quickspike.memory import out_of_memory
 from quickspike.neuron import MAX_STEPS, AccumulatedMaxPool, Increment, Neuron, NeuronParameters, Repeat, RunningMean, Surrogate
 from quickspike.operators import ANALOG_LAYERS, FUNCTION_NAMES, FUNCTIONS, LAYERS, MAX_POOLS, layer_arguments
-from quickspike.readouts import LeakyReadout
-from quickspike.rehearsal import AfterRehearsal, RehearsedNeuron
+from quickspike.readouts import AfterRehearsal, LeakyReadout
+from quickspike.rehearsal import RehearsedNeuron
 
 FORMAT = 1
 """Version of the file format; a reader refuses a newer one."""

@@ -234,13 +234,17 @@ class _Rounds:
 
     def _read_out(self, start: _Best, ann: Traced, stream: ImageStream) -> _Best:
         """A readout that forgets early steps, behind whatever won."""
-        if start.network.steps == 1 or start.method.synchronous or start.method.weighted or start.network.masked():
+        if start.network.steps == 1:
             return start
         if self._is_late():
             self.reasons.append(f"{LEAKY} was not tried: the time was up")
             return start
         method = dataclasses.replace(start.method, refinements=(*start.method.refinements, *refinements_of([LEAKY])))
-        found = self._attempt(method, ann, stream)
+        try:
+            found = self._attempt(method, ann, stream)
+        except OptionError as error:
+            self.reasons.append(f"refused: {error}")
+            return start
         best = self._better(start, found)
         helped = "" if best is found else ": no better"
         self.reasons.append(f"readout: {LEAKY} ({start.attempt.measured:.1f} -> {found.attempt.measured:.1f} %){helped}")

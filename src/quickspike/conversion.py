@@ -31,10 +31,10 @@ from quickspike.neuron import (
     Surrogate,
     Timed,
     levels_of,
-    single,
     unfold,
 )
 from quickspike.operators import ANALOG_LAYERS, MAX_POOLS, NOT_AFFINE, shape
+from quickspike.readouts import leak_of, readout
 from quickspike.structure import Outputs, each
 
 if TYPE_CHECKING:
@@ -159,9 +159,11 @@ class SpikingNetwork(nn.Module):
     @property
     def readout_leak(self) -> float | None:
         """What is left of the weight of an output at the next step, see `quickspike.readouts`; None where all steps count alike."""
-        from quickspike.readouts import leak_of
-
         return leak_of(self.network)
+
+    def waiting(self) -> list[str]:
+        """Neurons that wait for the whole window of the layer before; those that read the same current at every step do not."""
+        return [name for name, neuron in self.neurons().items() if neuron.weighted or (neuron.averaged and not neuron.constant_input)]
 
     def refuse_leak(self, what: str) -> None:
         """Raise OptionError if the readout leaks, which `what` has no place for."""
@@ -411,14 +413,6 @@ class SpikingNetwork(nn.Module):
 def _check_weighted(steps: int) -> None:
     if steps > MOST_WEIGHTED:
         raise OptionError(f"spikes that are weighted by their step have at most {MOST_WEIGHTED} steps, got {steps}")
-
-
-def readout(outputs: Tensor) -> Tensor:
-    """Logits after each step: mean of the outputs so far. `[T, B, K]` to `[T, B, K]`."""
-    # In half precision sums would leave its range, and counts above 256 have no place in bfloat16.
-    sums = single(outputs).cumsum(0)
-    counts = torch.arange(1, len(outputs) + 1, device=outputs.device, dtype=sums.dtype)
-    return (sums / counts.view(-1, *(1,) * (outputs.ndim - 1))).to(outputs.dtype)
 
 
 def prepare(traced: Traced, method: Method) -> Traced:

@@ -18,8 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from quickspike.errors import CheckpointError
 from quickspike.neuron import Neuron
-from quickspike.readouts import LeakyReadout
-from quickspike.rehearsal import AfterRehearsal
+from quickspike.readouts import WeightedMean
 
 if TYPE_CHECKING:
     from quickspike.conversion import SpikingNetwork
@@ -118,7 +117,7 @@ class _Sizes(fx.Interpreter):
             _check_convolution(len(layer.kernel_size), **sizes)
         if isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)):
             _check_types(*args, layer.weight, layer.bias)
-        if isinstance(layer, (Neuron, AfterRehearsal, LeakyReadout)):
+        if isinstance(layer, (Neuron, WeightedMean)):
             if len(args) != 1 or kwargs:
                 raise CheckpointError("neurons read one signal")
             return _over_time(args[0], isinstance(layer, Neuron) and layer.constant_input)

@@ -37,8 +37,8 @@ from quickspike.version import __version__
 if TYPE_CHECKING:
     import nir
 
-FORMAT = 1
-"""Version of the metadata."""
+FORMAT = 2
+"""Version of the metadata; files without a readout that leaks are of version 1, which knows none."""
 WAYS_OUT = "ways out: average pooling instead of max-pooling (qs.replace_max_pool before the training), padding in convolutions, ReLUs"
 Initial = Literal["left out", "bias"]
 
@@ -183,7 +183,7 @@ def losses_of(network: SpikingNetwork, reader: Reader, initial: Initial) -> tupl
 
 def _metadata(snn: SpikingNetwork, network: SpikingNetwork, reader: Reader, initial: Initial, nodes: dict[str, str]) -> dict[str, Any]:
     return {
-        "format": FORMAT,
+        "format": 1 if snn.readout_leak is None else FORMAT,
         "version": __version__,
         "reader": reader.name,
         "dt": reader.dt,

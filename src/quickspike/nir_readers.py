@@ -176,7 +176,10 @@ def play(graph: Any, images: Tensor, steps: int, reader: str = "nir") -> Played:
 def readout_leak(graph: Any) -> float | None:
     """What the metadata of a graph of ours say of its readout; None where all steps count alike."""
     text = graph.metadata.get(KEY, "{}")
-    leak: float | None = json.loads(text.decode() if isinstance(text, bytes) else text).get("readout_leak")
+    try:
+        leak: float | None = json.loads(text.decode() if isinstance(text, bytes) else text).get("readout_leak")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConversionError(f"the metadata under {KEY!r} are damaged ({error}); export the network again") from error
     return leak
 
 

@@ -191,7 +191,7 @@ def _package(name: str) -> Any:
 
 
 def _check_streaming(snn: SpikingNetwork) -> None:
-    waiting = [name for name, neuron in snn.neurons().items() if neuron.weighted or (neuron.averaged and not neuron.constant_input)]
+    waiting = snn.waiting()
     if waiting and snn.steps > 1:
         raise OptionError(
             f"{waiting[0]} waits for all {snn.steps} steps of the layer before, or its spikes are weighted, so there is no single step "

@@ -13,11 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from quickspike.capture import free_name
 from quickspike.conversion import SpikingNetwork
 from quickspike.errors import ConversionError, OptionError
-from quickspike.neuron import Neuron, NeuronParameters, Surrogate, Timed, potentials, single, unfold
-from quickspike.structure import places
+from quickspike.neuron import Neuron, NeuronParameters, Surrogate, potentials, unfold
+from quickspike.readouts import AfterRehearsal, read_through
 
 logger = logging.getLogger(__name__)
 
@@ -132,31 +131,6 @@ class RehearsedNeuron(Neuron):
         return f"{super().extra_repr()}, {self.kind} after {self.rehearsal} steps"
 
 
-class AfterRehearsal(Timed):
-    """The network's outputs `[T*B, K]` such that the mean of those so far is the mean of those after the first run."""
-
-    def __init__(self, steps: int, rehearsal: int) -> None:
-        super().__init__()
-        if type(rehearsal) is not int or rehearsal < 1:
-            raise ConversionError(f"a first run has 1 step or more, got {rehearsal!r}")
-        self.steps, self.rehearsal = steps, rehearsal
-
-    def scan(self, x: Tensor, state: Any, steps: int) -> tuple[Tensor, Any]:
-        done, total, before = state or (0, 0.0, 0.0)
-        outputs = []
-        for step, value in enumerate(single(unfold(x, steps)), done + 1):
-            if step == self.rehearsal + 1:
-                total = 0.0
-            total = total + value
-            now = total if step <= self.rehearsal else total * (step / (step - self.rehearsal))
-            outputs.append(now - before)
-            before = now
-        return torch.cat(outputs).to(x), (done + steps, total, before)
-
-    def extra_repr(self) -> str:
-        return f"after {self.rehearsal} of {self.steps} steps"
-
-
 def rehearse(snn: SpikingNetwork, kind: Kind, steps: int, who: str) -> None:
     """Let all neurons have a first run, in place.
 
@@ -183,21 +157,10 @@ def rehearse(snn: SpikingNetwork, kind: Kind, steps: int, who: str) -> None:
         rehearsed = RehearsedNeuron(parameters, snn.steps, neuron.constant_input, neuron.surrogate, kind=kind, rehearsal=steps)
         _replace(snn.network, name, rehearsed.train(neuron.training))
     if kind == "mask":
-        _read_out_after(snn.network, snn.steps, steps)
+        read_through(snn.network, "after_rehearsal", lambda: AfterRehearsal(snn.steps, steps))
     snn.network.recompile()
 
 
 def _replace(network: fx.GraphModule, name: str, layer: nn.Module) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(network.get_submodule(owner), leaf, layer)
-
-
-def _read_out_after(network: fx.GraphModule, steps: int, rehearsal: int) -> None:
-    (output,) = [node for node in network.graph.nodes if node.op == "output"]
-    # What is returned in two places is one node.
-    for node in dict.fromkeys(places(output.args[0]).values()):
-        name = free_name(network, "after_rehearsal")
-        network.add_submodule(name, AfterRehearsal(steps, rehearsal))
-        with network.graph.inserting_before(output):
-            made = network.graph.call_module(name, (node,))
-        output.replace_input_with(node, made)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
-from quickspike.conversion import SpikingNetwork, readout
+from quickspike.conversion import SpikingNetwork
 from quickspike.errors import ConversionError
 from quickspike.memory import counter_type, in_bytes, parts
 from quickspike.neuron import Neuron, Timed, single, unfold
+from quickspike.readouts import readout
 from quickspike.structure import Outputs, each, first
 
 if TYPE_CHECKING:

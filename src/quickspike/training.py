@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Subset
 from quickspike.augmentation import Augmentation
 from quickspike.batches import Share, TrainingBatches
 from quickspike.capture import copy_of
-from quickspike.conversion import SpikingNetwork, readout
+from quickspike.conversion import SpikingNetwork
 from quickspike.data import BATCH, DataSet, Images, only_class
 from quickspike.errors import CheckpointError, DataError, OptionError, QuickspikeError
 from quickspike.features import distance, watched
@@ -35,6 +35,7 @@ from quickspike.metrics import Metrics
 from quickspike.models import read_plain
 from quickspike.options import option, validate
 from quickspike.provenance import digest
+from quickspike.readouts import readout
 from quickspike.structure import Outputs, each, first, tensors
 
 if TYPE_CHECKING:

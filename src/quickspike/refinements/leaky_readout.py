@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from quickspike import readouts
 from quickspike.console import track
 from quickspike.conversion import SpikingNetwork
 from quickspike.data import ImageStream
@@ -22,7 +23,7 @@ from quickspike.lockstep import MOST_VALUES, rebatched
 from quickspike.methods.threshold_balancing import ThresholdBalancing
 from quickspike.options import option
 from quickspike.paper import Paper
-from quickspike.readouts import fading, let_fade
+from quickspike.readouts import fading, read_through
 from quickspike.refinement import Refinement, refinement
 from quickspike.structure import places
 
@@ -61,8 +62,7 @@ class LeakyReadout(Refinement):
             raise OptionError(f"leaky_readout: the readout leaks already, by {snn.readout_leak:g}; take it once")
         if name := snn.masked():
             raise OptionError(f"leaky_readout: the answer counts the steps after a residual_mask ({name}); take one of the two")
-        waiting = [name for name, neuron in snn.neurons().items() if neuron.weighted or (neuron.averaged and not neuron.constant_input)]
-        if waiting:
+        if waiting := snn.waiting():
             way_out = "leave it out, or leave synchronous and weighted out"
             raise OptionError(f"leaky_readout: {waiting[0]} waits for whole windows, so that no step is early; {way_out}")
         if snn.steps == 1:
@@ -72,7 +72,7 @@ class LeakyReadout(Refinement):
         # Reports say what was chosen, too.
         snn.provenance["readout_leak"] = leak
         if leak < 1:
-            let_fade(snn.network, snn.steps, leak)
+            read_through(snn.network, self.name, lambda: readouts.LeakyReadout(snn.steps, leak))
         else:
             logger.info("leaky_readout: no leak brings the answers closer to the source network's; the readout stays as it is")
 
