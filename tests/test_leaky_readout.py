@@ -257,6 +257,13 @@ def test_whoever_exports_is_told_how_to_read_out(pair: Pairs, tmp_path: Path, ca
         assert ("that of step t of 6 weighted by 0.7^(6-t)" in capsys.readouterr().out) == said
 
 
+def test_whoever_converts_is_told_the_leak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--data", "digits", "--calibration-images", "20", "--steps", "3", "--out", str(tmp_path / "net.safetensors")]
+    for refinement, said in (("leaky_readout:leak=0.25", True), ("bias_correction", False)):
+        main(["convert", "digits_cnn", *where, "--refine", refinement])
+        assert ("readout: 0.25 of the weight" in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize("form", ["unrolled", "step"])
 def test_onnx_files_compute_it(form: Any, pair: Pairs, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")

@@ -53,7 +53,7 @@ REMEDIES = {
     "clipping": "raise the percentile or train the ceiling",
     "quantisation": "take more steps, or train with quantised activations (method=qcfs)",
     "neuron": "its neurons do not reset by subtraction, or not to theta: they are not those of quickspike",
-    "unevenness": "forget early steps (leaky_readout), fine-tune (quickspike tune), let layers wait (synchronous=True), or take more steps",
+    "unevenness": "fine-tune (quickspike tune), let layers wait for whole windows (synchronous=True), or take more steps",
 }
 
 

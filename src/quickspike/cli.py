@@ -223,6 +223,8 @@ def _convert(model: str, data: DataOptions, settings: ConvertOptions, choices: S
         show(choice_tables(told))
     seen = snn.provenance["calibration_images"]
     show(f"{coverage}\n{label(snn.method)}, T = {snn.steps}, calibrated on {seen} images: {settings.out}")
+    if snn.readout_leak is not None:
+        show(f"readout: {snn.readout_leak:g} of the weight of an output is left at the next step")
 
 
 class _Unlabelled(Wrapped):
