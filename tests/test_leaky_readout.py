@@ -302,6 +302,10 @@ def test_what_has_no_early_steps_refuses_it(pair: Pairs, random_network: Network
     for options in ({"synchronous": True}, {"weighted": True}):
         with pytest.raises(OptionError, match=r"leaky_readout: .* waits for whole windows"):
             qs.convert(network, images, method(LeakyReadout(), **options))
+    single = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(OptionError, match=r"leaky_readout: .* waits for whole windows"):
+        # No layer in front, but what the spikes weigh is their order.
+        qs.convert(single, torch.randn(8, 3), method(LeakyReadout(), weighted=True))
     for refinements, reason in (
         ((LeakyReadout(leak=0.5), LeakyReadout()), "leaks already, by 0.5"),
         ((ResidualMask(tau=2), LeakyReadout()), "take one of the two"),
@@ -310,7 +314,7 @@ def test_what_has_no_early_steps_refuses_it(pair: Pairs, random_network: Network
     ):
         with pytest.raises(OptionError, match=reason):
             qs.convert(network, images, method(*refinements))
-    alone = qs.convert(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(8, 3), method(LeakyReadout(leak=0.5)))
+    alone = qs.convert(single, torch.randn(8, 3), method(LeakyReadout(leak=0.5)))
     with pytest.raises(OptionError, match="the count engine has no place"):
         qs.accelerate(qs.quantise(alone).network, "count")
 
@@ -430,6 +434,31 @@ def test_answers_of_any_shape_are_read(shape: tuple[int, ...]) -> None:
     assert leaky(images).shape == network(images).shape == (32, *shape)
     torch.testing.assert_close(leaky(images), faded(plain.outputs(images))[-1])
     torch.testing.assert_close(chosen(images), faded(plain.outputs(images), chosen.readout_leak or 1.0)[-1])
+
+
+class TwoAnswers(nn.Module):
+    """One of three values, one of a single one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
+        self.classes, self.value = nn.Linear(8, 3), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.body(x)
+        return {"classes": self.classes(x), "value": self.value(x)}
+
+
+@pytest.mark.parametrize("leak", [LEAK, 0.0], ids=["given", "chosen"])
+def test_every_one_of_several_answers_is_read_alike(leak: float, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, images = TwoAnswers().eval(), torch.randn(24, 6)
+    plain, leaky = (qs.convert(network, images, method(*some, initial=0.0)) for some in ((), (LeakyReadout(leak=leak),)))
+    assert leaky.readout_leak is not None
+    leaky.save(tmp_path / "net.safetensors")
+    for snn in (leaky, qs.load(tmp_path / "net.safetensors")):
+        for name, answer in snn(images).items():
+            torch.testing.assert_close(answer, faded(plain.outputs(images)[name], leaky.readout_leak)[-1])
 
 
 @pytest.mark.parametrize("after", [BiasCorrection(), WeightCalibration(iterations=20)], ids=["bias", "weights"])

@@ -507,7 +507,7 @@ def _raster(entry: Entry, key: str) -> str:
             axes.plot(range(1, steps + 1), sample.logits[:, index].tolist(), marker="o", color=COLOURS[number], label=sample.classes[index])
         axes.set_xticks(range(1, steps + 1))
         axes.set_xlabel("time step")
-        axes.set_ylabel("mean output so far")
+        axes.set_ylabel("answer so far")
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
     picture = f'<img alt="the image" src="data:image/png;base64,{_png(sample.image)}">'
