@@ -458,7 +458,10 @@ def test_every_one_of_several_answers_is_read_alike(leak: float, tmp_path: Path)
     leaky.save(tmp_path / "net.safetensors")
     for snn in (leaky, qs.load(tmp_path / "net.safetensors")):
         for name, answer in snn(images).items():
-            torch.testing.assert_close(answer, faded(plain.outputs(images)[name], leaky.readout_leak)[-1])
+            wanted = faded(plain.outputs(images)[name], leaky.readout_leak)
+            torch.testing.assert_close(answer, wanted[-1])
+            # With a state of its own each.
+            torch.testing.assert_close(simulate(snn, images, step_by_step=True).readouts[name], wanted)
 
 
 @pytest.mark.parametrize("after", [BiasCorrection(), WeightCalibration(iterations=20)], ids=["bias", "weights"])
